@@ -1,0 +1,21 @@
+"""Data sets, label splits and device-resident batches."""
+
+from hybridflow.data.batches import Batches, iterate
+from hybridflow.data.readers import read_cifar_bin, read_idx, read_svhn_mat
+from hybridflow.data.sources import DATASETS, Dataset, load_dataset
+from hybridflow.data.splits import Split, load_split, make_split, save_split
+
+__all__ = [
+    "DATASETS",
+    "Batches",
+    "Dataset",
+    "Split",
+    "iterate",
+    "load_dataset",
+    "load_split",
+    "make_split",
+    "read_cifar_bin",
+    "read_idx",
+    "read_svhn_mat",
+    "save_split",
+]

@@ -1,0 +1,98 @@
+"""The objective, a function per term (Tables 4.1 and 4.2), and the samples near the decision boundary.
+
+Logits of the discriminator are l (B, K), the (K+1)-th being fixed at 0; `joint` is the flow's
+log p(x, k) or any (B, K) whose softmax is p(k | x). Every term is a mean over its batch, in nats.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridflow.config import Objective, ObjectiveConfig
+from hybridflow.flow import GaussianMixture
+
+__all__ = [
+    "adversarial_d",
+    "adversarial_g",
+    "boundary_sample",
+    "joint_nll",
+    "nll",
+    "pseudo_label",
+    "supervised",
+    "terms_of",
+]
+
+_USED: dict[Objective, tuple[str, ...]] = {
+    "supervised": ("w_sup_d", "w_sup_g"),
+    "nll": ("w_sup_d", "w_sup_g", "w_nll"),
+    "nll+adversarial": ("w_sup_d", "w_sup_g", "w_nll", "w_adv_d", "w_adv_g"),
+    "full": ("w_sup_d", "w_sup_g", "w_nll", "w_adv_d", "w_adv_g", "w_pl_d", "w_pl_g"),
+    "flowgmm": ("w_sup_d", "w_joint"),
+}
+
+
+def terms_of(objective: Objective, terms: ObjectiveConfig) -> ObjectiveConfig:
+    """The weights with those an objective leaves out set to 0."""
+    unused = {name for name in vars(terms) if name.startswith("w_")} - set(_USED[objective])
+    return replace(terms, **dict.fromkeys(unused, 0.0))
+
+
+def supervised(logits: Tensor, labels: Tensor, threshold: float | None = None) -> Tensor:
+    """Cross-entropy -log p(y | x) of logits (B, K) and labels (B,).
+
+    For the flow this is the supervised likelihood: not -log p(x, y), which pulls the means together.
+    With a threshold, images with p(y | x) above it count as 0.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if threshold is not None:
+        losses = losses * (losses.exp().reciprocal() <= threshold)
+    return losses.mean()
+
+
+def nll(joint: Tensor, dims: int) -> Tensor:
+    """-log p(x) = -logsumexp_k log p(x, k), in nats per dimension."""
+    return -joint.logsumexp(1).mean() / dims
+
+
+def joint_nll(joint: Tensor, labels: Tensor, dims: int) -> Tensor:
+    """-log p(x, y), in nats per dimension: FlowGMM's labelled term."""
+    return -joint.gather(1, labels[:, None]).mean() / dims
+
+
+def adversarial_d(real: Tensor, generated: Tensor) -> Tensor:
+    """-log p(real | x_u) - log p(generated | x') = softplus(LSE(x_u)) - LSE(x_u) + softplus(LSE(x'))."""
+    return F.softplus(-real.logsumexp(1)).mean() + F.softplus(generated.logsumexp(1)).mean()
+
+
+def adversarial_g(generated: Tensor, soft_labels: Tensor) -> Tensor:
+    """-Σ_k y'_k log p_φ(k | x') over K+1 outputs: be real, and of class y', at once."""
+    log_p = generated - F.softplus(generated.logsumexp(1, keepdim=True))
+    return -(soft_labels * log_p).sum(1).mean()
+
+
+def pseudo_label(logits: Tensor, target: Tensor) -> Tensor:
+    """(1/K) Σ_k (p(k | x) - target_k)², the target (B, K) being the other network's probabilities."""
+    return F.mse_loss(logits.softmax(1), target.detach())
+
+
+def boundary_sample(prior: GaussianMixture, count: int, beta: float) -> tuple[Tensor, Tensor]:
+    """Latents between two classes and the classes they belong to (Eq. 4.6).
+
+        a ≠ b uniform,  z_a ~ N(μ_a, I),  z_b ~ N(μ_b, I)
+        z' = β z_a + (1 - β) z_b,    y' = softmax_k log N(z'; μ_k, I)
+
+    Gradients reach the means through both. At least two classes.
+
+    Returns:
+        z' (count, d) and y' (count, K).
+    """
+    classes, size = prior.means.shape
+    device = prior.means.device
+    a = torch.randint(classes, (count,), device=device)
+    b = (a + torch.randint(1, classes, (count,), device=device)) % classes
+    z_a = prior.means[a] + torch.randn(count, size, device=device)
+    z_b = prior.means[b] + torch.randn(count, size, device=device)
+    z = beta * z_a + (1 - beta) * z_b
+    return z, prior.component_log_prob(z).softmax(1)

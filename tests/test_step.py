@@ -1,0 +1,182 @@
+"""The step trains what it should, keeps to the device, and continues exactly from its state."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybridflow.config import FlowConfig, ObjectiveConfig, OptimiserConfig
+from hybridflow.data import Batches
+from hybridflow.discriminator import DenseDiscriminator
+from hybridflow.errors import InputError
+from hybridflow.networks import build_model
+from hybridflow.objective import terms_of
+from hybridflow.step import HybridStep
+
+SHAPE = torch.Size((1, 8, 8))
+FLOW = FlowConfig(scales=2, couplings=2, hidden=8, last_hidden=8)
+
+
+def make_step(objective="full", seed=0, optimiser=None, total_steps=30, **terms) -> HybridStep:
+    torch.manual_seed(0)
+    x = torch.randint(0, 17, (60, *SHAPE), dtype=torch.uint8)
+    y = torch.arange(60) % 3
+    torch.manual_seed(seed)
+    model = build_model(FLOW, SHAPE, 3)
+    return HybridStep(
+        model,
+        DenseDiscriminator(64, 3, (16,)),
+        Batches(x[:30], y[:30], 10, device="cpu"),
+        Batches(x, None, 20, device="cpu"),
+        levels=17,
+        terms=terms_of(objective, ObjectiveConfig(**terms)),
+        optimiser=optimiser or OptimiserConfig(),
+        total_steps=total_steps,
+    )
+
+
+def weights(network) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(network.state_dict())
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+class HostReads(TorchDispatchMode):
+    """Records every operation that waits for the device or whose shape depends on data."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "_to_copy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        if name in self.forbidden and (name != "_to_copy" or moved):
+            self.found.append(name)
+        masks = args[1] if name in ("index", "index_put") else ()
+        if any(m is not None and m.dtype == torch.bool for m in masks):
+            self.found.append(f"{name} with a mask")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["full", "nll+adversarial", "nll", "supervised", "flowgmm"])
+def test_step_reads_nothing_on_the_host_and_has_static_shapes(objective: str):
+    step = make_step(objective, threshold=0.9)
+    step()
+    with HostReads() as reads:
+        step()
+    assert reads.found == []
+
+
+def test_the_check_for_host_reads_can_fail():
+    x = torch.arange(4.0)
+    with HostReads() as reads:
+        x.sum().item()
+        x[x > 1]
+    assert reads.found == ["_local_scalar_dense", "index with a mask"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [
+        ("supervised", {"sup_d", "sup_g"}),
+        ("nll", {"sup_d", "sup_g", "nll"}),
+        ("nll+adversarial", {"sup_d", "sup_g", "nll", "adv_d", "adv_g"}),
+        ("full", {"sup_d", "sup_g", "nll", "adv_d", "adv_g", "pl_d", "pl_g"}),
+        ("flowgmm", {"sup_d", "joint"}),
+    ],
+)
+def test_each_objective_computes_its_terms_and_trains_both_networks(objective, names):
+    step = make_step(objective)
+    model, discriminator = weights(step.model), weights(step.discriminator)
+    terms = step()
+    assert set(terms) == names | {"loss_d", "loss_g"}
+    assert all(value.isfinite() and value.shape == () for value in terms.values())
+    assert not same(model, step.model.state_dict())
+    assert not same(discriminator, step.discriminator.state_dict())
+
+
+def test_losses_are_the_weighted_sums_of_their_terms():
+    weight = {"w_sup_g": 0.5, "w_nll": 0.3, "w_adv_g": 0.2, "w_pl_g": 0.1}
+    terms = make_step(**weight)()
+    expected = sum(w * terms[name.removeprefix("w_")] for name, w in weight.items())
+    assert torch.allclose(terms["loss_g"], expected)
+
+
+def test_the_discriminators_update_does_not_move_the_flow():
+    zero = {"w_sup_g": 0.0, "w_nll": 0.0, "w_adv_g": 0.0, "w_pl_g": 1e-30}
+    step = make_step(optimiser=OptimiserConfig(lr_g=1e-30), **zero)
+    before, discriminator = weights(step.model), weights(step.discriminator)
+    step()
+    assert same(before, step.model.state_dict())
+    assert not same(discriminator, step.discriminator.state_dict())
+
+
+def test_learning_rates_are_constant_then_fall_linearly_to_zero():
+    step = make_step(optimiser=OptimiserConfig(lr_g=0.01, decay_from=0.5), total_steps=8)
+    rates = []
+    for _ in range(8):
+        rates.append(step.optimiser_g.param_groups[0]["lr"].item())
+        step()
+    expected = [0.01] * 5 + [0.0075, 0.005, 0.0025]
+    assert rates == pytest.approx(expected)
+    assert step.optimiser_g.param_groups[0]["lr"].item() == 0
+
+
+def test_averages_follow_the_warmed_up_decay():
+    step = make_step(optimiser=OptimiserConfig(ema_decay=0.15))
+    name = "prior.means"
+    average = step.model.prior.means.detach().clone()
+    for decay in (0.1, 0.15, 0.15):  # (1 + t) / (10 + t) = 0.1, 0.18, …, limited to 0.15
+        step()
+        average = decay * average + (1 - decay) * step.model.prior.means.detach()
+        assert torch.allclose(step.average_g[name], average, atol=1e-6)
+    assert torch.equal(step.averaged_states()[0][name], step.average_g[name])
+
+
+def test_a_restored_step_continues_bit_for_bit():
+    step = make_step()
+    for _ in range(3):
+        step()
+    state, random = step.state_dict(), torch.get_rng_state()
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
+    expected = [step() for _ in range(3)]
+    other = make_step(seed=1)
+    other.load_state_dict(state)
+    torch.set_rng_state(random)
+    assert all(same(terms, other()) for terms in expected)
+    assert same(step.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_state_of_another_architecture_is_refused(damage: str):
+    step = make_step()
+    state = step.state_dict()
+    if damage == "missing":
+        del state["model.prior.means"]
+    else:
+        state["model.prior.means"] = torch.zeros(3, 5)
+    with pytest.raises(InputError, match=r"state: model\.prior\.means"):
+        step.load_state_dict(state)
+
+
+def test_bf16_keeps_weights_and_losses_in_fp32():
+    step = make_step()
+    step.autocast = True
+    terms = step()
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values())
+    assert all(p.dtype == torch.float32 for p in step.model.parameters())
+
+
+def test_gradients_are_clipped():
+    config = OptimiserConfig(clip=1e-3)
+    step = make_step(optimiser=replace(config, lr_g=1e-3))
+    step()
+    norms = [p.grad.norm() for p in step.model.parameters() if p.grad is not None]
+    assert torch.stack(norms).norm() <= 1.001e-3
