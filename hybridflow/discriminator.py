@@ -7,6 +7,9 @@ from torch.nn.utils.parametrizations import weight_norm
 __all__ = ["ConvDiscriminator", "DenseDiscriminator", "Discriminator"]
 
 
+_GAIN = "parametrizations.weight.original0"  # g of the weight norm
+
+
 class _Noise(nn.Module):
     """Adds Gaussian noise while training."""
 
@@ -43,20 +46,19 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Data-dependent initialisation: each weight-normed layer's output gets mean 0 and variance 1 on x."""
+        """Data-dependent start: every weight-normed layer has outputs of mean 0 and variance 1 on x."""
         h = self.scale_input(x)
         for layer in self.layers:
             h = layer(h)
-            if not isinstance(layer, nn.Linear | nn.Conv2d):
-                continue
-            axes = [d for d in range(h.dim()) if d != 1]
-            variance, mean = torch.var_mean(h, dim=axes, correction=0)
-            scale = (variance + 1e-10).rsqrt()
-            gain = layer.parametrizations.weight.original0
-            gain.mul_(scale.view(gain.shape))
-            layer.bias.copy_((layer.bias - mean) * scale)
-            shape = (1, -1, *(1,) * (h.dim() - 2))
-            h = (h - mean.view(shape)) * scale.view(shape)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                axes = [d for d in range(h.dim()) if d != 1]
+                variance, mean = torch.var_mean(h, dim=axes, correction=0)
+                scale = (variance + 1e-10).rsqrt()
+                gain, bias = layer.get_parameter(_GAIN), layer.get_parameter("bias")
+                gain.mul_(scale.view(gain.shape))
+                bias.copy_((bias - mean) * scale)
+                shape = (1, -1, *(1,) * (h.dim() - 2))
+                h = (h - mean.view(shape)) * scale.view(shape)
 
 
 class DenseDiscriminator(Discriminator):
@@ -116,7 +118,9 @@ class ConvDiscriminator(Discriminator):
             layers.append(nn.Dropout(block_dropout))
             channels = width
         layers += _conv(channels, channels, padding=0)
-        layers += _conv(channels, channels, kernel=1, padding=0) + _conv(channels, channels, kernel=1, padding=0)
+        layers += _conv(channels, channels, kernel=1, padding=0) + _conv(
+            channels, channels, kernel=1, padding=0
+        )
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), weight_norm(nn.Linear(channels, classes))]
         super().__init__(nn.Sequential(*layers))
 
@@ -128,5 +132,5 @@ def _conv(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int = 1
 ) -> list[nn.Module]:
     conv = weight_norm(nn.Conv2d(inputs, outputs, kernel, stride, padding))
-    conv.parametrizations.weight.original0.requires_grad_(False)
+    conv.get_parameter(_GAIN).requires_grad_(False)
     return [conv, nn.LeakyReLU(0.2)]

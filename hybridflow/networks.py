@@ -13,7 +13,9 @@ __all__ = ["build_discriminator", "build_model"]
 def build_model(config: FlowConfig, shape: torch.Size, classes: int) -> MixtureFlow:
     """The flow for data of this shape, (C, H, W) or (D,)."""
     if len(shape) == 1:
-        return MixtureFlow(VectorFlow(shape[0], config.couplings, config.hidden), classes, logit=False)
+        return MixtureFlow(
+            VectorFlow(shape[0], config.couplings, config.hidden), classes, logit=False
+        )
     channels, height, width = shape
     try:
         flow = MultiScaleFlow(

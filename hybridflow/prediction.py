@@ -35,7 +35,9 @@ class Prediction:
     def summary(self) -> dict[str, float]:
         """Accuracies and calibration errors of both heads, as fractions, and bits per dimension."""
         heads = {"flow": self.flow_probs, "discriminator": self.discriminator_probs}
-        figures = {f"{name}_accuracy": accuracy(p.argmax(1), self.labels) for name, p in heads.items()}
+        figures = {
+            f"{name}_accuracy": accuracy(p.argmax(1), self.labels) for name, p in heads.items()
+        }
         bits = bits_per_dim(self.log_prob.double(), self.dims, self.levels)
         figures["bits_per_dim"] = bits.mean().item()
         for name, probs in heads.items():
@@ -45,7 +47,10 @@ class Prediction:
     def confusion(self) -> dict[str, Tensor]:
         """Confusion matrices (K, K) of both heads, rows the truth."""
         heads = {"flow": self.flow_probs, "discriminator": self.discriminator_probs}
-        return {name: confusion_matrix(p.argmax(1), self.labels, p.shape[1]) for name, p in heads.items()}
+        return {
+            name: confusion_matrix(p.argmax(1), self.labels, p.shape[1])
+            for name, p in heads.items()
+        }
 
 
 @torch.no_grad()

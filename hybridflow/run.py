@@ -59,7 +59,9 @@ class RunFolder:
         """
         if self.path.is_dir() and any(self.path.iterdir()):
             hint = f"; to continue that run: --resume {self.path}" if self.config.exists() else ""
-            raise InputError(f"--out: {self.path} is not empty, want a new or an empty folder{hint}")
+            raise InputError(
+                f"--out: {self.path} is not empty, want a new or an empty folder{hint}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,15 +116,14 @@ class TrainedRun:
         where = resolve_device(device)
         tensors, data = checkpoint.load(folder.checkpoint, where)
         shape = torch.Size(data["shape"])
-        networks = {
-            "model": (build_model(config.flow, shape, data["classes"]), "average_g"),
-            "discriminator": (
-                build_discriminator(config.discriminator, shape, data["classes"]),
-                "average_d",
-            ),
-        }
-        for name, (network, average) in networks.items():
-            state = _under(name, tensors) | _under(average, tensors)
+        model = build_model(config.flow, shape, data["classes"])
+        discriminator = build_discriminator(config.discriminator, shape, data["classes"])
+        network: MixtureFlow | Discriminator
+        for network, weights, averages in (
+            (model, "model", "average_g"),
+            (discriminator, "discriminator", "average_d"),
+        ):
+            state = _under(weights, tensors) | _under(averages, tensors)
             try:
                 network.load_state_dict(state)
             except RuntimeError as error:
@@ -131,8 +132,8 @@ class TrainedRun:
         return cls(
             config=config,
             step=data["step"],
-            model=networks["model"][0],
-            discriminator=networks["discriminator"][0],
+            model=model,
+            discriminator=discriminator,
             classes=data["classes"],
             class_names=tuple(data["class_names"]),
             levels=data["levels"],
@@ -157,4 +158,6 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _under(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+    return {
+        k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")
+    }

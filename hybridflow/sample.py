@@ -48,7 +48,9 @@ def main() -> None:
 def _sample(
     run: tyro.conf.Positional[Path],
     count: int = 10,
-    temperature: Annotated[float, tyro.conf.arg(help="Scale of the latent noise; 1 is the model.")] = 1.0,
+    temperature: Annotated[
+        float, tyro.conf.arg(help="Scale of the latent noise; 1 is the model.")
+    ] = 1.0,
     seed: int = 0,
     device: str = "auto",
     out: Path | None = None,

@@ -4,8 +4,6 @@ Written so that it can be captured as a CUDA graph: static shapes, no host reads
 device's default generator, the step count and every schedule in device tensors.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -118,7 +116,9 @@ class HybridStep:
         return {name: value.detach() for name, value in terms.items()}
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        return torch.stack([getattr(self.terms, f"w_{name}") * t for name, t in terms.items()]).sum()
+        return torch.stack(
+            [getattr(self.terms, f"w_{name}") * t for name, t in terms.items()]
+        ).sum()
 
     def _update(self, network: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
         """One Adam step of this network alone, at the learning rate of the schedule."""
@@ -134,8 +134,8 @@ class HybridStep:
         config = self.optimiser_config
         t = self.count
         weight = 1 - torch.clamp((1 + t) / (10 + t), max=config.ema_decay)
-        _move_towards(self.average_g.values(), _trained(self.model), weight)
-        _move_towards(self.average_d.values(), _trained(self.discriminator), weight)
+        _move_towards(self.average_g, self.model, weight)
+        _move_towards(self.average_d, self.discriminator, weight)
         t.add_(1)
         left = (1 - t / self.total_steps) / (1 - config.decay_from)
         self.optimiser_g.param_groups[0]["lr"].copy_(config.lr_g * left.clamp(0, 1))
@@ -208,11 +208,11 @@ def _averaged(network: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _move_towards(averages: Iterable[Tensor], values: list[nn.Parameter], weight: Tensor) -> None:
-    averages = list(averages)
-    difference = torch._foreach_sub(values, averages)
+def _move_towards(averages: dict[str, Tensor], network: nn.Module, weight: Tensor) -> None:
+    old, new = list(averages.values()), list[Tensor](_trained(network))
+    difference = torch._foreach_sub(new, old)
     torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(averages, difference)
+    torch._foreach_add_(old, difference)
 
 
 def _adam_state(optimiser: torch.optim.Adam) -> dict[str, Tensor]:

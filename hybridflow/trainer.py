@@ -21,9 +21,18 @@ from tqdm import tqdm
 
 from hybridflow import __version__, checkpoint
 from hybridflow.config import Config
-from hybridflow.data import Batches, Dataset, Split, load_dataset, load_split, make_split, save_split
+from hybridflow.data import (
+    Batches,
+    Dataset,
+    Split,
+    load_dataset,
+    load_split,
+    make_split,
+    save_split,
+)
+from hybridflow.discriminator import Discriminator
 from hybridflow.errors import InputError
-from hybridflow.flow import dequantise
+from hybridflow.flow import MixtureFlow, dequantise
 from hybridflow.kernels import fuse
 from hybridflow.networks import build_discriminator, build_model
 from hybridflow.objective import terms_of
@@ -88,11 +97,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.discriminator = self._networks()
         self.averaged_model, self.averaged_discriminator = self._networks()
-        augment = {"shift": config.shift, "flip": config.mirror, "device": self.device}
-        x, y = dataset.train_x, dataset.train_y
-        labelled, unlabelled = split.labelled, split.unlabelled
-        self.labelled = Batches(x[labelled], y[labelled], config.batch_labelled, **augment)
-        self.unlabelled = Batches(x[unlabelled], None, config.batch_unlabelled, **augment)
+        self.labelled = self._batches(split.labelled, config.batch_labelled, dataset.train_y)
+        self.unlabelled = self._batches(split.unlabelled, config.batch_unlabelled)
         self.total_steps = config.steps
         if config.epochs is not None:
             self.total_steps = max(1, round(config.epochs * self.unlabelled.steps_per_epoch))
@@ -112,7 +118,17 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
 
-    def _networks(self) -> tuple[Any, Any]:
+    def _batches(self, which: Tensor, size: int, labels: Tensor | None = None) -> Batches:
+        return Batches(
+            self.dataset.train_x[which],
+            None if labels is None else labels[which],
+            size,
+            shift=self.config.shift,
+            flip=self.config.mirror,
+            device=self.device,
+        )
+
+    def _networks(self) -> tuple[MixtureFlow, Discriminator]:
         shape, classes = self.dataset.train_x.shape[1:], self.dataset.classes
         model = build_model(self.config.flow, shape, classes).to(self.device)
         discriminator = build_discriminator(self.config.discriminator, shape, classes)
@@ -137,7 +153,9 @@ class Trainer:
         self.discriminator.initialise(x)
         labelled = self.dataset.train_x[self.split.labelled].to(self.device)
         labels = self.dataset.train_y[self.split.labelled]
-        latents = torch.cat([self.model(dequantise(b, levels))[0] for b in labelled.split(500)]).cpu()
+        latents = torch.cat(
+            [self.model(dequantise(b, levels))[0] for b in labelled.split(500)]
+        ).cpu()
         starts = np.stack([latents[labels == k].mean(0).numpy() for k in range(classes)])
         means = KMeans(classes, init=starts, n_init=1).fit(latents.numpy()).cluster_centers_
         self.model.prior.initialise(torch.from_numpy(means))
@@ -199,8 +217,6 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Accuracies of both heads on the held-out images, with averaged weights."""
         held_out = self.split.validation
-        if not len(held_out):
-            return {}
         x, y = self.dataset.train_x[held_out], self.dataset.train_y[held_out]
         summary = self._predict(x, y).summary()
         return {f"validation_{n}": v for n, v in summary.items() if n.endswith(("accuracy", "dim"))}
@@ -222,7 +238,7 @@ class Trainer:
         state["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        data = {
+        data: dict[str, checkpoint.JSON] = {
             "step": self.done,
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
@@ -253,7 +269,9 @@ class Trainer:
 
     def _open_metrics(self) -> None:
         """Drop the rows of metrics.csv that are later than the step the run continues from."""
-        self.rows = [row for row in _read_rows(self.folder.metrics) if int(row["step"]) <= self.done]
+        self.rows = [
+            row for row in _read_rows(self.folder.metrics) if int(row["step"]) <= self.done
+        ]
 
     def _log(self, row: dict[str, float], board: SummaryWriter, bar: tqdm) -> None:
         row |= {"seconds": self.seconds, "images_per_second": self.images_per_second()}
@@ -301,7 +319,9 @@ class Trainer:
         self._picture_curves()
         for name, value in results.items():
             if not isinstance(value, dict):
-                print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+                print(
+                    f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}"
+                )
         print(f"{'run folder':24} {folder.path}")
         return results
 
@@ -374,10 +394,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the source checkout, with a mark where files differ from it; None without one."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the source checkout, marked where files differ from it; None without one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

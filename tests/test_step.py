@@ -48,7 +48,14 @@ def same(a, b) -> bool:
 class HostReads(TorchDispatchMode):
     """Records every operation that waits for the device or whose shape depends on data."""
 
-    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "_to_copy")
+    forbidden = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "_to_copy",
+    )
 
     def __init__(self) -> None:
         super().__init__()

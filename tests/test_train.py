@@ -176,7 +176,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path: Path):
     process.communicate()
     _, data = checkpoint.load(folder.checkpoint)
     assert 0 < data["step"] < 60
-    status, output, errors = finished("train", "--resume", folder.path)
+    status, _, errors = finished("train", "--resume", folder.path)
     assert status == 0, errors
     assert json.loads(folder.results.read_text())["steps"] == 60
     assert finished("train", *arguments, "--out", straight.path)[0] == 0
@@ -267,7 +267,7 @@ class TestRefusals:
 
     def test_a_folder_that_holds_something_is_left_alone(self, finished_run: RunFolder):
         before = finished_run.results.read_bytes()
-        with pytest.raises(InputError, match="--out: .* is not empty.*--resume"):
+        with pytest.raises(InputError, match=r"--out: .* is not empty.*--resume"):
             train(TINY, finished_run)
         assert finished_run.results.read_bytes() == before
 

@@ -61,7 +61,9 @@ class AffineCoupling(nn.Module):
     def __init__(self, channels: int, conditioner: nn.Module, flip: bool = False) -> None:
         super().__init__()
         if channels < 2:
-            raise ValueError(f"channels: got {channels}, want at least 2 (one half moves the other)")
+            raise ValueError(
+                f"channels: got {channels}, want at least 2 (one half moves the other)"
+            )
         self.channels = channels
         self.flip = flip
         self.conditioner = conditioner

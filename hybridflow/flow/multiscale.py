@@ -1,12 +1,45 @@
 """Flows as chains of steps: multi-scale for images, a plain chain for vectors."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_conditioner
 from hybridflow.flow.reshape import depth_to_space, space_to_depth
 
-__all__ = ["MultiScaleFlow", "VectorFlow"]
+__all__ = ["MultiScaleFlow", "StepChain", "VectorFlow"]
+
+
+class StepChain(nn.Module):
+    """Steps one after the other; `forward` and `inverse` as those of a step."""
+
+    def __init__(self, steps: Iterable[FlowStep]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def initialise(self, x: Tensor) -> Tensor:
+        """Initialise each step from what those before it make of x; returns what all make of it."""
+        for step in self._steps():
+            step.initialise(x)
+            x, _ = step(x)
+        return x
+
+    def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if log_det is None:
+            log_det = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        for step in self.steps:
+            x, log_det = step(x, log_det)
+        return x, log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for step in reversed(self._steps()):
+            y, _ = step.inverse(y)
+        return y
+
+    def _steps(self) -> list[FlowStep]:
+        return cast(list[FlowStep], list(self.steps))
 
 
 class MultiScaleFlow(nn.Module):
@@ -30,7 +63,12 @@ class MultiScaleFlow(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], scales: int, couplings: int, hidden: int, last_hidden: int
+        self,
+        shape: tuple[int, int, int],
+        scales: int,
+        couplings: int,
+        hidden: int,
+        last_hidden: int,
     ) -> None:
         super().__init__()
         if scales < 1:
@@ -43,13 +81,12 @@ class MultiScaleFlow(nn.Module):
             )
         self.shape = shape
         self.scales = nn.ModuleList()
-        channels *= 4
-        for _ in range(scales):
+        for scale in range(scales):
+            size = 2 ** (scale + 2) * channels
             self.scales.append(
-                nn.ModuleList(_conv_step(channels, hidden, flip=bool(i % 2)) for i in range(couplings))
+                StepChain(_conv_step(size, hidden, flip=bool(i % 2)) for i in range(couplings))
             )
-            channels *= 2
-        self.last = _conv_step(channels * 2, last_hidden, flip=False)
+        self.last = _conv_step(2 ** (scales + 3) * channels, last_hidden, flip=False)
 
     @property
     def latent_sizes(self) -> tuple[int, int]:
@@ -58,45 +95,42 @@ class MultiScaleFlow(nn.Module):
         class_dependent = size >> (len(self.scales) - 1)
         return class_dependent, size - class_dependent
 
+    @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Initialise every actnorm, each from what the layers before it make of x."""
-        with torch.no_grad():
-            for i, steps in enumerate(self.scales):
-                if i > 0:
-                    x, _ = x.chunk(2, dim=1)
-                x = _initialise(steps, space_to_depth(x))
-            self.last.initialise(space_to_depth(x))
+        for i, chain in enumerate(self._chains()):
+            if i > 0:
+                x, _ = x.chunk(2, dim=1)
+            x = chain.initialise(space_to_depth(x))
+        self.last.initialise(space_to_depth(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x → (z_K, z_N, log|det ∂(z_K, z_N)/∂x|)."""
-        log_det, rest = None, []
-        for i, steps in enumerate(self.scales):
+        log_det, rest = None, [x.new_empty(len(x), 0)]
+        for i, chain in enumerate(self._chains()):
             if i > 0:
                 x, out = x.chunk(2, dim=1)
                 rest.append(out.flatten(1))
-            x = space_to_depth(x)
-            for step in steps:
-                x, log_det = step(x, log_det)
+            x, log_det = chain(space_to_depth(x), log_det)
         x, log_det = self.last(space_to_depth(x), log_det)
-        z_n = torch.cat(rest, dim=1) if rest else x.new_empty(len(x), 0)
-        return x.flatten(1), z_n, log_det
+        return x.flatten(1), torch.cat(rest, dim=1), log_det
 
     def inverse(self, z_k: Tensor, z_n: Tensor) -> Tensor:
         """(z_K, z_N) → x, the inverse of `forward`."""
         _, height, width = self.shape
         shrink = 2 ** (len(self.scales) + 1)
         x, _ = self.last.inverse(z_k.view(len(z_k), -1, height // shrink, width // shrink))
-        x = depth_to_space(x)
-        end = z_n.shape[1]
-        for i, steps in reversed(list(enumerate(self.scales))):
-            for step in reversed(steps):
-                x, _ = step.inverse(x)
-            x = depth_to_space(x)
+        x, end = depth_to_space(x), z_n.shape[1]
+        for i, chain in reversed(list(enumerate(self._chains()))):
+            x = depth_to_space(chain.inverse(x))
             if i > 0:
                 start = end - x.shape[1:].numel()
                 x = torch.cat((x, z_n[:, start:end].view(x.shape)), dim=1)
                 end = start
         return x
+
+    def _chains(self) -> list[StepChain]:
+        return cast(list[StepChain], list(self.scales))
 
 
 class VectorFlow(nn.Module):
@@ -114,7 +148,7 @@ class VectorFlow(nn.Module):
         super().__init__()
         self.size = size
         identity, transformed = (size + 1) // 2, size // 2
-        self.steps = nn.ModuleList(
+        self.chain = StepChain(
             FlowStep(size, dense_conditioner(identity, hidden, 2 * transformed), flip=bool(i % 2))
             for i in range(couplings)
         )
@@ -124,33 +158,21 @@ class VectorFlow(nn.Module):
         """(d_K, d_N) = (D, 0)."""
         return self.size, 0
 
+    @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Initialise every actnorm, each from what the layers before it make of x."""
-        with torch.no_grad():
-            _initialise(self.steps, x)
+        self.chain.initialise(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x → (z_K, z_N, log|det ∂z_K/∂x|)."""
-        log_det = None
-        for step in self.steps:
-            x, log_det = step(x, log_det)
-        return x, x.new_empty(len(x), 0), log_det
+        z, log_det = self.chain(x)
+        return z, x.new_empty(len(x), 0), log_det
 
     def inverse(self, z_k: Tensor, z_n: Tensor) -> Tensor:
         """(z_K, z_N) → x, the inverse of `forward`."""
-        x = z_k
-        for step in reversed(self.steps):
-            x, _ = step.inverse(x)
-        return x
+        return self.chain.inverse(z_k)
 
 
 def _conv_step(channels: int, hidden: int, flip: bool) -> FlowStep:
     identity, transformed = (channels + 1) // 2, channels // 2
     return FlowStep(channels, conv_conditioner(identity, hidden, 2 * transformed), flip)
-
-
-def _initialise(steps: nn.ModuleList, x: Tensor) -> Tensor:
-    for step in steps:
-        step.initialise(x)
-        x, _ = step(x)
-    return x

@@ -33,11 +33,12 @@ class GaussianMixture(nn.Module):
         """log N(z; μ_k, I) for every k: (B, K), in nats.
 
         ‖z - μ‖² is expanded as ‖z‖² - 2 zμᵀ + ‖μ‖², both taken relative to the mean of the means:
-        far from the origin the expansion would cancel.
+        far from the origin the expansion would cancel. Autocast is off, for the same reason.
         """
-        centre = self.means.mean(0)
-        z, means = z - centre, self.means - centre
-        squared = z.square().sum(1, keepdim=True) - 2 * z @ means.T + means.square().sum(1)
+        with torch.autocast(z.device.type, enabled=False):
+            centre = self.means.mean(0)
+            z, means = z - centre, self.means - centre
+            squared = z.square().sum(1, keepdim=True) - 2 * z @ means.T + means.square().sum(1)
         return -0.5 * (squared + z.shape[1] * math.log(2 * math.pi))
 
     def log_prior(self) -> Tensor:

@@ -115,7 +115,9 @@ class TestActNorm:
         assert y.mean((0, 2, 3)).abs().max() < 1e-5
         assert (y.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
 
-    @pytest.mark.parametrize("x", [torch.full((8, 2, 3, 3), 7.0), torch.randn(1, 2), torch.zeros(1, 2)])
+    @pytest.mark.parametrize(
+        "x", [torch.full((8, 2, 3, 3), 7.0), torch.randn(1, 2), torch.zeros(1, 2)]
+    )
     def test_constant_channels_and_a_batch_of_one_stay_finite(self, x: Tensor):
         layer = ActNorm(2)
         layer.initialise(x)
@@ -149,8 +151,8 @@ def test_space_to_depth_inverts():
 def test_scale_shapes_are_those_of_tables_a1_to_a3(shape, scales, scale_shapes, last, latent):
     flow = MultiScaleFlow(shape, scales, couplings=1, hidden=4, last_hidden=4)
     seen: list[torch.Size] = []
-    for steps in flow.scales:
-        steps[0].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1:]))
+    for chain in flow.scales:
+        chain.steps[0].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1:]))
     z_k, z_n, _ = flow(torch.rand(2, *shape))
     assert [tuple(s) for s in seen] == scale_shapes
     assert flow.last.coupling.channels == last
@@ -231,9 +233,16 @@ class TestGaussianMixture:
         prior.initialise(offset + torch.randn(3, 256))
         z = offset + torch.randn(5, 256)
         exact = -0.5 * (
-            (z.double()[:, None] - prior.means.double()).square().sum(2) + 256 * math.log(2 * math.pi)
+            (z.double()[:, None] - prior.means.double()).square().sum(2)
+            + 256 * math.log(2 * math.pi)
         )
         assert (prior.component_log_prob(z) - exact).abs().max() < 1e-2
+
+    def test_autocast_does_not_round_it(self):
+        prior, z = GaussianMixture(3, 64), torch.randn(5, 64)
+        expected = prior.component_log_prob(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(prior.component_log_prob(z), expected)
 
     def test_gradients(self):
         prior = randomised(GaussianMixture(3, 4))
