@@ -34,10 +34,12 @@ class CMakeBuild(build_ext):
         try:
             self.run_cmake(target)
         except (OSError, subprocess.CalledProcessError) as error:
+            failed = isinstance(error, subprocess.CalledProcessError)
             warnings.warn(
-                f"hybridflow: the native CPU library was not built ({error}). The package works "
-                "without it, in plain PyTorch; for the native kernels install a C++17 compiler "
-                "with OpenMP and reinstall.",
+                "hybridflow: the native CPU library was not built "
+                f"({'CMake failed, see above' if failed else error}). The package works without "
+                "it, in plain PyTorch; for the native kernels install a C++17 compiler with OpenMP "
+                "and reinstall.",
                 stacklevel=1,
             )
 

@@ -125,7 +125,7 @@ class ConvDiscriminator(Discriminator):
         super().__init__(nn.Sequential(*layers))
 
     def scale_input(self, x: Tensor) -> Tensor:
-        return 2 * x - 1
+        return (2 * x - 1).contiguous(memory_format=torch.channels_last)
 
 
 def _conv(

@@ -170,12 +170,14 @@ class Trainer:
         self._open_metrics()
         with _Interrupts() as stop, SummaryWriter(str(self.folder.tensorboard)) as board, bar:
             while self.done < self.total_steps and self.seconds < limit and not stop.signal:
+                began = time.perf_counter()
                 self._one_step()
                 self.seconds = time.perf_counter() - started
                 ends = self.done == self.total_steps or self.seconds >= limit
                 row: dict[str, float] = {}
                 if ends or self.done % config.log_every == 0:
                     row |= self._read_sums()
+                self.step_seconds += time.perf_counter() - began
                 if ends or self.done % config.eval_every == 0:
                     row |= self._validate()
                 if row:
@@ -194,7 +196,6 @@ class Trainer:
         return 0
 
     def _one_step(self) -> None:
-        began = time.perf_counter()
         for batches in self.labelled, self.unlabelled:
             if self.done % batches.steps_per_epoch == 0:
                 batches.shuffle()
@@ -204,7 +205,6 @@ class Trainer:
         torch._foreach_add_(list(self.sums.values()), list(terms.values()))
         self.summed += 1
         self.done += 1
-        self.step_seconds += time.perf_counter() - began
 
     def _read_sums(self) -> dict[str, float]:
         """Mean of every term since the last reading, the only place the loop waits for the device."""

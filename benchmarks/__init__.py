@@ -1,0 +1,1 @@
+"""Measurements: commands that rewrite the figures under results/."""

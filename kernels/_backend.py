@@ -1,0 +1,55 @@
+"""Which implementation of an op runs: the native library, Triton, or the reference."""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import native
+
+__all__ = ["Backend", "choose", "using"]
+
+Backend = Literal["native", "triton", "reference"]
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Run every op by one implementation inside a `with` block. For tests and benchmarks.
+
+    "triton" takes CPU tensors only under Triton's interpreter: TRITON_INTERPRET=1 set before the
+    kernels are first used. Not safe with threads.
+    """
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(*tensors: Tensor | None) -> Backend:
+    """The implementation for these operands; the first gives the device.
+
+    CUDA runs Triton and float32 on the CPU runs the native library. All else runs the reference:
+    other types on the CPU, other devices, and either of the two where it is not installed.
+    """
+    if _forced is not None:
+        return _forced
+    given = [t for t in tensors if t is not None]
+    device = given[0].device.type
+    if device == "cuda" and _has_triton():
+        return "triton"
+    if device == "cpu" and all(t.dtype == torch.float32 for t in given) and native.available():
+        return "native"
+    return "reference"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

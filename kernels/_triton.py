@@ -1,0 +1,46 @@
+"""Launching Triton kernels, or recording what would be launched for the offline gate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Launch", "launch", "recording"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: positional arguments, then constexprs and launch options by name."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_record: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches inside a `with` block instead of making them; tensors may be on "meta"."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch on the device of the first argument. An empty grid launches nothing."""
+    # Named because its default changes in Triton 3.10, and with it the last bits of every result.
+    options["enable_fp_fusion"] = True
+    if _record is not None:
+        _record.append(Launch(kernel, arguments, options))
+    elif 0 not in grid:
+        first: Tensor = arguments[0]
+        with torch.cuda.device_of(first):
+            kernel[grid](*arguments, **options)

@@ -1,0 +1,203 @@
+"""fuse and unfuse on live models of hybridflow's own layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_conditioner
+from hybridflow.kernels import _backend, fuse, native, unfuse
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing())
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Stack(nn.Module):
+    """Steps that share one log-det, as a flow runs them."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, x):
+        log_det = None
+        for step in self.steps:
+            x, log_det = step(x, log_det)
+        return x, log_det
+
+    def inverse(self, y):
+        log_det = None
+        for step in reversed(self.steps):
+            y, log_det = step.inverse(y, log_det)
+        return y, log_det
+
+
+def images(dtype=torch.float32):
+    steps = (FlowStep(5, conv_conditioner(3, 8, 4), flip=bool(i % 2)) for i in range(3))
+    return randomised(Stack(*steps), dtype), torch.randn(4, 5, 4, 4, dtype=dtype)
+
+
+def vectors(dtype=torch.float32):
+    steps = (FlowStep(2, dense_conditioner(1, 8, 2), flip=bool(i % 2)) for i in range(3))
+    return randomised(Stack(*steps), dtype), torch.randn(9, 2, dtype=dtype)
+
+
+def randomised(model, dtype):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def run(model, x, direction):
+    x = x.clone().requires_grad_()
+    out, log_det = direction(model)(x)
+    parameters = list(model.parameters())
+    loss = out.pow(2).sum() + (log_det * torch.linspace(1, 2, len(x))).sum()
+    return [out, log_det, *torch.autograd.grad(loss, [x, *parameters])]
+
+
+both_ways = pytest.mark.parametrize(
+    "direction", (lambda m: m, lambda m: m.inverse), ids=("forward", "inverse")
+)
+models = pytest.mark.parametrize("make", (images, vectors))
+
+
+@both_ways
+@models
+def test_a_fused_model_is_as_accurate_as_the_model(make, direction):
+    """In float32, outputs and every gradient, both against the model in float64."""
+    model, x = make()
+    exact = run(copy.deepcopy(model).double(), x.double(), direction)
+    plain = run(model, x, direction)
+    fuse(model)
+    for got, want, true in zip(run(model, x, direction), plain, exact, strict=True):
+        assert got.dtype == want.dtype
+        allowed = 4 * (want - true).abs().max() + 16 * 2**-24 * true.abs().max()
+        assert (got - true).abs().max() <= allowed
+
+
+@both_ways
+@models
+def test_a_fused_float64_model_gives_the_same(make, direction):
+    model, x = make(torch.float64)
+    want = run(model, x, direction)
+    fuse(model)
+    for got, expected in zip(run(model, x, direction), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.float64
+@both_ways
+def test_log_det_of_a_fused_step_is_that_of_its_jacobian(implementation, device, direction):
+    """With the conditioner inside: its own derivative must not enter the log-det."""
+    step = randomised(FlowStep(3, conv_conditioner(2, 4, 2), flip=True), torch.float64).to(device)
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64, device=device)
+    step.__class__ = type(fused(step))
+    jacobian = torch.autograd.functional.jacobian(lambda v: direction(step)(v)[0], x)
+    log_det = direction(step)(x)[1]
+    want = torch.linalg.slogdet(jacobian.reshape(12, 12))[1]
+    assert log_det.item() == pytest.approx(want.item(), abs=1e-11)
+
+
+def fused(step):
+    copied = copy.deepcopy(step).cpu()
+    fuse(copied)
+    return copied
+
+
+@models
+def test_unfuse_restores_the_model_bit_for_bit(make):
+    model, x = make()
+    types = [type(m) for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    want = model(x)
+    fuse(model)
+    assert list(model.state_dict()) == list(state)
+    unfuse(model)
+    assert [type(m) for m in model.modules()] == types
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(model(x), want, strict=True))
+
+
+def test_fusing_twice_changes_nothing():
+    model, _ = images()
+    first = fuse(model)
+    types = [type(m) for m in model.modules()]
+    assert fuse(model) == first
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_the_report_names_what_was_swapped_and_why_the_rest_was_not():
+    class Other(FlowStep):
+        pass
+
+    hooked = FlowStep(4, conv_conditioner(2, 8, 4))
+    hooked.coupling.register_forward_hook(lambda *_: None)
+    model = Stack(
+        FlowStep(4, conv_conditioner(2, 8, 4)), Other(4, conv_conditioner(2, 8, 4)), hooked
+    )
+    report = fuse(model)
+    assert report.swapped == ("steps.0",)
+    assert report.left["steps.1"] == "a subclass of FlowStep, whose behaviour may differ"
+    assert "hooks" in report.left["steps.2"]
+    assert str(report).splitlines()[0] == "fused 1 of 3 flow steps"
+    assert "steps.2" in str(report)
+    assert type(model.steps[1]) is Other
+
+
+def test_hooks_of_the_step_still_run():
+    model, x = images()
+    calls = []
+    model.steps[0].register_forward_hook(lambda *_: calls.append("hook"))
+    fuse(model)
+    model(x)
+    assert calls == ["hook"]
+
+
+def test_a_fused_model_can_be_copied_and_saved():
+    model, x = images()
+    fuse(model)
+    want = model(x)
+    copied = copy.deepcopy(model)
+    fresh, _ = images()
+    fresh.load_state_dict(model.state_dict())
+    fuse(fresh)
+    for other in (copied, fresh):
+        assert all(torch.equal(a, b) for a, b in zip(other(x), want, strict=True))
+
+
+def test_without_the_library_fuse_says_so_and_changes_nothing(monkeypatch, tmp_path):
+    model, _ = images()
+    monkeypatch.setattr(native, "_PATH", tmp_path / "none.so")
+    native._open.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="native CPU library is missing"):
+            fuse(model)
+    finally:
+        native._open.cache_clear()
+    assert all(type(s) is FlowStep for s in model.steps)
+
+
+def test_memory_of_the_fused_step_holds_one_activation_less():
+    """The backward recomputes from the output, so the step's input is not kept."""
+    kept = []
+    model, x = images()
+
+    def pack(t):
+        kept.append(t.data_ptr())
+        return t
+
+    x.requires_grad_()
+    fuse(model)
+    middle = []
+    model.steps[1].register_forward_pre_hook(lambda _, args: middle.append(args[0].data_ptr()))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.steps[1](x)
+    assert middle[0] not in kept
+    assert _backend.choose(x) == "native"
