@@ -33,6 +33,11 @@ def using(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose(*tensors: Tensor | None) -> Backend:
     """The implementation for these operands; the first gives the device.
 
