@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("supervised", "nll", "nll+adversarial", "full", "flowgmm")
+ROWS = ("full", "supervised", "nll", "nll+adversarial", "flowgmm")
 EXPERIMENTS: dict[str, list[list[str]]] = {
     "digits-ablation": [
-        ["--fused", "--objective", row, "--seed", str(seed)] for seed in range(5) for row in ROWS
+        ["--fused", "--objective", row, "--seed", str(seed)] for row in ROWS for seed in range(5)
     ],
     "mnist-small": [["--fused", "--preset", "mnist-small", "--minutes", "20"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
