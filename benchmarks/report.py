@@ -31,6 +31,8 @@ def digits_ablation(records: list[dict[str, Any]]) -> str:
     ]
     for row, name in ROW_NAMES.items():
         runs = [r["results"] for r in records if r["results"]["objective"] == row]
+        if not runs:
+            continue
         flow = _spread([100 * r["flow_accuracy"] for r in runs], 1)
         discriminator = _spread([100 * r["discriminator_accuracy"] for r in runs], 1)
         bits = _spread([r["bits_per_dim"] for r in runs], 2)

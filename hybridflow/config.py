@@ -203,7 +203,7 @@ _IMAGE_CONV = DiscriminatorConfig(kind="conv", widths=(64, 128), input_noise=0.0
 _COLOUR_OPTIMISER = OptimiserConfig(lr_d=3e-4)
 _SHORT_RUN = ObjectiveConfig(w_nll=1.0, w_pl_g=10.0)
 _DIGITS = Config(
-    steps=2000,
+    steps=1500,
     flow=FlowConfig(scales=2, couplings=4, hidden=32, last_hidden=64),
     discriminator=DiscriminatorConfig(widths=(256, 256, 128), input_noise=0.2, hidden_noise=0.3),
     terms=_SHORT_RUN,
