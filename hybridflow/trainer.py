@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import math
 import platform
 import signal
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,7 +137,7 @@ class Trainer:
         if self.config.fused:
             try:
                 fuse(model)
-            except RuntimeError as error:
+            except (RuntimeError, ImportError) as error:
                 raise InputError(f"--fused: {error}") from None
         return model, discriminator.to(self.device)
 
@@ -164,7 +166,7 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step, or until stopped; report at the end. Returns the exit status."""
         config = self.config
-        limit = np.inf if config.minutes is None else 60 * config.minutes
+        limit = math.inf if config.minutes is None else 60 * config.minutes
         started = time.perf_counter() - self.seconds
         bar = tqdm(total=self.total_steps, initial=self.done, unit="step", dynamic_ncols=True)
         self._open_metrics()
@@ -177,6 +179,8 @@ class Trainer:
                 row: dict[str, float] = {}
                 if ends or self.done % config.log_every == 0:
                     row |= self._read_sums()
+                    if not all(map(math.isfinite, row.values())):
+                        return self._diverged(row)
                 self.step_seconds += time.perf_counter() - began
                 if ends or self.done % config.eval_every == 0:
                     row |= self._validate()
@@ -194,6 +198,16 @@ class Trainer:
             return 128 + stop.signal
         self.report()
         return 0
+
+    def _diverged(self, row: dict[str, float]) -> int:
+        """Say that training broke down; the last checkpoint stays as it is."""
+        terms = ", ".join(f"{name} = {value}" for name, value in row.items())
+        print(
+            f"diverged by step {self.done}: {terms}; the checkpoint of an earlier step was kept in "
+            f"{self.folder.path}. Smaller learning rates (--optimiser.lr-g, --optimiser.lr-d) may help.",
+            file=sys.stderr,
+        )
+        return 1
 
     def _one_step(self) -> None:
         for batches in self.labelled, self.unlabelled:

@@ -53,8 +53,3 @@ def choose(*tensors: Tensor | None) -> Backend:
     if device == "cpu" and all(t.dtype == torch.float32 for t in given) and native.available():
         return "native"
     return "reference"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

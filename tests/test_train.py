@@ -27,6 +27,7 @@ from hybridflow.config import (
     validated,
 )
 from hybridflow.errors import InputError
+from hybridflow.kernels import native
 from hybridflow.run import RunFolder, TrainedRun
 from hybridflow.trainer import Trainer, resume, train
 
@@ -192,6 +193,16 @@ def test_minutes_end_a_run_early_with_a_report(tmp_path: Path):
     assert results["seconds"] < 30
 
 
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path: Path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    optimiser = replace(TINY.optimiser, lr_g=1e30)
+    assert train(replace(TINY, optimiser=optimiser), folder) == 1
+    assert re.search(r"diverged by step 3: .*loss_g = nan", capsys.readouterr().err)
+    state, data = checkpoint.load(folder.checkpoint)
+    assert data["step"] == 0 and all(t.isfinite().all() for t in state.values())
+    assert not folder.results.exists()
+
+
 def test_epochs_set_the_number_of_steps(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
     assert train(replace(TINY, epochs=0.1), folder) == 0
@@ -302,6 +313,13 @@ class TestRefusals:
         arguments = ["--resume", finished_run.path, "--flow.hidden", "9"]
         errors = refusal("train", *arguments, capsys=capsys)
         assert "--resume: flow differ" in errors
+
+    def test_fused_without_the_native_library(self, tmp_path: Path, monkeypatch, capsys):
+        monkeypatch.setattr(native, "_open", lambda: "the native CPU library is missing")
+        out = tmp_path / "run"
+        errors = refusal("train", "--fused", "--device", "cpu", "--out", out, capsys=capsys)
+        assert errors == "error: --fused: the native CPU library is missing\n"
+        assert not out.exists()
 
     def test_no_run_at_all(self, tmp_path: Path, capsys):
         for module in "evaluate", "sample":
