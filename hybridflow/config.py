@@ -217,7 +217,7 @@ _TWO_DIMENSIONAL = replace(
 _MNIST = Config(dataset="mnist", validation=5000, steps=330_000, eval_every=1000)
 _MNIST_SMALL = replace(
     _MNIST,
-    steps=4000,
+    steps=2700,
     eval_every=250,
     batch_labelled=50,
     batch_unlabelled=100,
