@@ -17,8 +17,9 @@ struct Columns {  // per-column parameters, and then one block of partial sums p
 };
 
 int thread_count(const Shape& shape) {
-  // Starting a team costs about what a core needs for this many elements.
-  const int64_t useful = 1 + shape.samples * shape.columns() / 16384;
+  // PyTorch's own grain. A team has to wait for its slowest thread, which on a busy machine costs far
+  // more than a small operation on one core.
+  const int64_t useful = 1 + shape.samples * shape.columns() / 32768;
   return static_cast<int>(useful < shape.threads ? useful : shape.threads);
 }
 
