@@ -269,7 +269,7 @@ def curves(
                 f"'step' has {len(columns['step'])}"
             )
     steps = np.array(columns["step"], dtype=float)
-    figure = Figure(figsize=(11, 4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(13, 4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     for axes, names in ((left, losses), (right, accuracies)):
         for index, name in enumerate(names):
@@ -289,7 +289,7 @@ def curves(
         axes.grid(color="#dddddd", linewidth=0.6)
         _plain(axes)
         if names:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     left.set_title("losses")
     left.set_yscale("asinh", linear_width=0.1)
     left.yaxis.set_major_formatter("{x:.3g}")

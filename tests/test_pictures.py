@@ -108,7 +108,7 @@ def test_curves_join_the_neighbours_of_missing_and_infinite_entries(path):
     for absent in (None, math.nan, math.inf):
         columns = {"step": [0, 10, 20], "nll": [3000.0, absent, -2000.0], "flow": [0.1, absent, 1]}
         curves(columns, path, losses=["nll"], accuracies=["flow"])
-        assert size(path) == inches(4, 11)
+        assert size(path) == inches(4, 13)
         pictures.add(path.read_bytes())
     columns = {"step": [0, 20], "nll": [3000.0, -2000.0], "flow": [0.1, 1]}
     curves(columns, path, losses=["nll"], accuracies=["flow"])
@@ -117,7 +117,7 @@ def test_curves_join_the_neighbours_of_missing_and_infinite_entries(path):
 
 def test_curves_of_no_steps_are_empty_panels(path):
     curves({"step": [], "loss": []}, path, losses=["loss"], accuracies=[])
-    assert size(path) == inches(4, 11)
+    assert size(path) == inches(4, 13)
 
 
 def test_equal_input_gives_equal_files_without_date_or_version(tmp_path):
