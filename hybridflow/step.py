@@ -33,7 +33,7 @@ class HybridStep:
         discriminator: φ.
         labelled, unlabelled: where the batches come from.
         levels: grey levels of the data, None for continuous data.
-        terms: weights; a term of weight 0 is not computed.
+        terms: weights; a term of weight 0 is not computed, but for `sup_d`, which is always shown.
         optimiser: Adam, clipping, schedule and averaging.
         total_steps: length of the schedule.
         autocast: whether the networks run in bfloat16.
