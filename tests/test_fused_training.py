@@ -1,8 +1,8 @@
 """Training with the fused kernels follows training without them.
 
 The likelihood's training is stable: run freely, both give one loss curve. With the discriminator the
-training is chaotic (a rectifier that flips, and Adam's normalisation, turn a difference of one
-rounding into 1e-2 within tens of steps, fused or not), so there each step starts from the same state.
+training is chaotic: plain runs whose weights differ by one rounding part by 1e-2 within tens of steps,
+the discriminator's terms first. So there each step starts from the same state.
 """
 
 from collections.abc import Callable
