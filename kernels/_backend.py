@@ -41,8 +41,8 @@ def _has_triton() -> bool:
 def choose(*tensors: Tensor | None) -> Backend:
     """The implementation for these operands; the first gives the device.
 
-    CUDA runs Triton and float32 on the CPU runs the native library. All else runs the reference:
-    other types on the CPU, other devices, and either of the two where it is not installed.
+    CUDA runs Triton, and float32 and 16-bit floats on the CPU run the native library. All else runs
+    the reference: float64 on the CPU, other devices, and either of the two where it is not installed.
     """
     if _forced is not None:
         return _forced
@@ -50,6 +50,6 @@ def choose(*tensors: Tensor | None) -> Backend:
     device = given[0].device.type
     if device == "cuda" and _has_triton():
         return "triton"
-    if device == "cpu" and all(t.dtype == torch.float32 for t in given) and native.available():
+    if device == "cpu" and all(t.dtype != torch.float64 for t in given) and native.available():
         return "native"
     return "reference"

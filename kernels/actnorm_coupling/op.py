@@ -1,6 +1,5 @@
 """The op: implementations bound into custom operators, autograd and the public functions."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backend
+from .._operator import check, check_float, operator
 from . import native_impl, reference
+from .form import CouplingForm
 
-__all__ = ["actnorm_coupling", "actnorm_coupling_inverse", "actnorm_identity"]
+__all__ = ["actnorm_coupling", "actnorm_coupling_inverse", "actnorm_identity", "apply"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_PLAIN = CouplingForm()
 
 
 def _implementation(*tensors: Tensor | None) -> ModuleType:
@@ -26,136 +26,197 @@ def _implementation(*tensors: Tensor | None) -> ModuleType:
     return native_impl if backend == "native" else reference
 
 
-def _operator(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `body` as hybridflow::name. The result calls it through the dispatcher only where
-    the compiler has to see it: in eager mode the dispatcher costs more than a small kernel."""
-    torch.library.custom_op(f"hybridflow::{name}", body, mutates_args=()).register_fake(fake)
-    op = getattr(torch.ops.hybridflow, name).default
-
-    def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() else body(*args)
-
-    return call
+# --- memory formats: x decides, and everything of its shape follows ------------------------------
 
 
-# --- bodies: contiguous operands to the implementation that fits them ---------------------------
+def _is_channels_last(x: Tensor) -> bool:
+    return (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
-def _identity_body(x: Tensor, log_scale: Tensor, bias: Tensor, flip: bool) -> Tensor:
-    operands = [t.contiguous() for t in (x, log_scale, bias)]
-    return _implementation(*operands).identity(*operands, flip)
+def _arranged(x: Tensor, like: Tensor) -> Tensor:
+    """In the memory format of `like`: channels-last or contiguous."""
+    if _is_channels_last(like):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
+
+
+def _vectors(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v.contiguous() for v in values)
+
+
+# --- bodies: arranged operands to the implementation that fits them ------------------------------
+
+
+def _identity_body(
+    x: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    moved: int,
+    form: str,
+    flip: bool,
+) -> Tensor:
+    operands = (_arranged(x, x), *_vectors(log_scale, bias, index))
+    implementation = _implementation(*operands[:3])
+    return implementation.identity(*operands, moved, CouplingForm.parse(form), flip)
 
 
 def _identity_backward_body(
-    grad: Tensor, a: Tensor, log_scale: Tensor, bias: Tensor, flip: bool
+    grad: Tensor,
+    a: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    moved: int,
+    form: str,
+    flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operands = [t.contiguous() for t in (grad, a, log_scale, bias)]
-    return _implementation(*operands).identity_backward(*operands, flip)
+    operands = (_arranged(grad, a), _arranged(a, a), *_vectors(log_scale, bias, index))
+    implementation = _implementation(*operands[:4])
+    return implementation.identity_backward(*operands, moved, CouplingForm.parse(form), flip)
 
 
-def _map_body(direction: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def body(
-        x: Tensor,
-        params: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        gain: Tensor,
-        log_det: Tensor | None,
-        flip: bool,
-    ) -> tuple[Tensor, Tensor]:
-        operands = [t.contiguous() for t in (x, params, log_scale, bias, gain)]
-        given = None if log_det is None else log_det.contiguous()
-        implementation = _implementation(*operands, given)
-        return getattr(implementation, direction)(*operands, given, flip)
-
-    return body
-
-
-def _gradient_body(direction: str) -> Callable[..., _Gradients]:
-    def body(
-        grad: Tensor,
-        grad_log_det: Tensor,
-        out: Tensor,
-        params: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        gain: Tensor,
-        flip: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        given = (grad, grad_log_det, out, params, log_scale, bias, gain)
-        operands = [t.contiguous() for t in given]
-        return getattr(_implementation(*operands), direction)(*operands, flip)
-
-    return body
+def _map_body(
+    x: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    log_det: Tensor | None,
+    index: Tensor | None,
+    form: str,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    operands = (
+        _arranged(x, x),
+        None if params is None else _arranged(params, x),
+        *_vectors(log_scale, bias, gain, log_det, index),
+    )
+    implementation = _implementation(*operands[:6])
+    return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
 
-# --- what the compiler sees instead of a body: shapes and types ---------------------------------
+def _gradients_body(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    index: Tensor | None,
+    form: str,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operands = (
+        _arranged(grad, out),
+        grad_log_det.contiguous(),
+        _arranged(out, out),
+        None if params is None else _arranged(params, out),
+        *_vectors(log_scale, bias, gain, index),
+    )
+    implementation = _implementation(*operands[:7])
+    grads = implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
+    # An operator returns tensors only: an empty one stands for that of an operand not given.
+    return tuple(out.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+# --- what the compiler sees instead of a body: shapes, types and strides -------------------------
 
 
-def _identity_fake(x: Tensor, log_scale: Tensor, bias: Tensor, flip: bool) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] - x.shape[1] // 2, *x.shape[2:])
+def _new(like: Tensor, channels: int) -> Tensor:
+    """Memory in the type and format of `like` for so many channels."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    if _is_channels_last(like):
+        return like.new_empty(shape).to(memory_format=torch.channels_last)
+    return like.new_empty(shape)
+
+
+def _identity_fake(
+    x: Tensor, log_scale: Tensor, bias: Tensor, index: Tensor | None, moved: int, *choices: Any
+) -> Tensor:
+    return _new(x, x.shape[1] - moved)
 
 
 def _identity_backward_fake(
-    grad: Tensor, a: Tensor, log_scale: Tensor, bias: Tensor, flip: bool
+    grad: Tensor,
+    a: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    moved: int,
+    *choices: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = a.new_empty(a.shape[0], log_scale.shape[0], *a.shape[2:])
-    return grad_x, _contiguous_like(log_scale), _contiguous_like(bias)
+    return _new(a, log_scale.shape[0]), _flat(log_scale), _flat(bias)
+
+
+def _flat(v: Tensor | None, otherwise: Tensor | None = None) -> Tensor:
+    if v is None:
+        assert otherwise is not None
+        return otherwise.new_empty(0)
+    return v.new_empty(v.shape)
 
 
 def _map_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     log_det = x.new_empty(x.shape[0], dtype=reference.accumulate_dtype(x))
-    return _contiguous_like(x), log_det
+    return _new(x, x.shape[1]), log_det
 
 
-def _gradient_fake(grad: Tensor, grad_log_det: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    return tuple(_contiguous_like(t) for t in operands[:5])
+def _gradients_fake(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    *choices: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if params is None:
+        grad_params = out.new_empty(0)
+    else:
+        grad_params = _new(out, params.shape[1]).to(params.dtype)
+    vectors = (_flat(v, otherwise=out) for v in (log_scale, bias, gain))
+    return _new(out, out.shape[1]), grad_params, *vectors  # type: ignore[return-value]
 
 
-_identity = _operator("actnorm_identity", _identity_body, _identity_fake)
-_identity_backward = _operator(
+_identity = operator("actnorm_identity", _identity_body, _identity_fake)
+_identity_backward = operator(
     "actnorm_identity_backward", _identity_backward_body, _identity_backward_fake
 )
-_forward = _operator("actnorm_coupling", _map_body("forward"), _map_fake)
-_inverse = _operator("actnorm_coupling_inverse", _map_body("inverse"), _map_fake)
-_forward_backward = _operator(
-    "actnorm_coupling_backward", _gradient_body("backward"), _gradient_fake
-)
-_inverse_backward = _operator(
-    "actnorm_coupling_inverse_backward", _gradient_body("inverse_backward"), _gradient_fake
-)
+_map = operator("actnorm_coupling", _map_body, _map_fake)
+_gradients = operator("actnorm_coupling_backward", _gradients_body, _gradients_fake)
 
 
-# --- autograd: only the output and the conditioner's output are kept ----------------------------
+# --- autograd: only the output and the conditioner's output are kept -----------------------------
 
 
 class _Identity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, bias: Tensor, flip: bool) -> Tensor:
-        a = _identity(x, log_scale, bias, flip)
-        ctx.save_for_backward(a, log_scale, bias)
-        ctx.flip = flip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        index: Tensor | None,
+        *choices: Any,
+    ) -> Tensor:
+        a = _identity(x, log_scale, bias, index, *choices)
+        ctx.save_for_backward(a, log_scale, bias, index)
+        ctx.choices = choices
         return a
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_identity_backward(grad, *ctx.saved_tensors, ctx.flip), None
-
-
-def _materialised(
-    grad: Tensor | None, grad_log_det: Tensor | None, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A gradient that did not arrive is zero."""
-    if grad is None:
-        grad = torch.zeros_like(out)
-    if grad_log_det is None:
-        grad_log_det = out.new_zeros(out.shape[0], dtype=reference.accumulate_dtype(out))
-    return grad, grad_log_det
+        grads = _identity_backward(grad, *ctx.saved_tensors, *ctx.choices)
+        return *grads, None, *(None for _ in ctx.choices)
 
 
 class _Coupling(torch.autograd.Function):
@@ -163,186 +224,214 @@ class _Coupling(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        params: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        gain: Tensor,
+        params: Tensor | None,
+        log_scale: Tensor | None,
+        bias: Tensor | None,
+        gain: Tensor | None,
         log_det: Tensor | None,
+        index: Tensor | None,
+        form: str,
         flip: bool,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y, total = _forward(x, params, log_scale, bias, gain, log_det, flip)
-        ctx.save_for_backward(y, params, log_scale, bias, gain)
-        ctx.flip, ctx.accumulates = flip, log_det is not None
-        return y, total
+        operands = (params, log_scale, bias, gain)
+        out, total = _map(x, *operands, log_det, index, form, flip, inverse)
+        ctx.save_for_backward(out, *operands, index)
+        ctx.choices = form, flip, inverse
+        ctx.accumulates = log_det is not None
+        return out, total
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y = ctx.saved_tensors[0]
-        grads = _forward_backward(
-            *_materialised(grad_y, grad_total, y), *ctx.saved_tensors, ctx.flip
+        out, *operands, index = ctx.saved_tensors
+        given = (
+            torch.zeros_like(out) if grad is None else grad,
+            out.new_zeros(out.shape[0], dtype=reference.accumulate_dtype(out))
+            if grad_total is None
+            else grad_total,
         )
-        return *grads, grad_total if ctx.accumulates else None, None
+        grad_x, *grads = _gradients(*given, out, *operands, index, *ctx.choices)
+        present = (g if v is not None else None for g, v in zip(grads, operands, strict=True))
+        return (grad_x, *present, grad_total if ctx.accumulates else None, None, *(None,) * 3)
 
 
-class _CouplingInverse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        params: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        gain: Tensor,
-        log_det: Tensor | None,
-        flip: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        x, total = _inverse(y, params, log_scale, bias, gain, log_det, flip)
-        ctx.save_for_backward(x, params, log_scale, bias, gain)
-        ctx.flip, ctx.accumulates = flip, log_det is not None
-        return x, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_x: Tensor | None, grad_total: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
-        grads = _inverse_backward(
-            *_materialised(grad_x, grad_total, x), *ctx.saved_tensors, ctx.flip
-        )
-        return *grads, grad_total if ctx.accumulates else None, None
+def apply(
+    x: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    log_det: Tensor | None = None,
+    index: Tensor | None = None,
+    form: CouplingForm = _PLAIN,
+    flip: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The op without the checks, for callers whose operands fit by construction."""
+    operands = (x, params, log_scale, bias, gain, log_det, index)
+    return _Coupling.apply(*operands, form.key, flip, inverse)
 
 
-# --- public functions -----------------------------------------------------------------------------
+# --- public functions ----------------------------------------------------------------------------
 
 
-def _check(
-    name: str, value: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None = None
+def _check_input(
+    name: str,
+    x: Tensor,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    least: int,
 ) -> None:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, want {shape}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, want {x.device}")
-    if dtype is None and value.dtype not in _FLOATS:
-        raise ValueError(f"{name}: got {value.dtype}, want a floating type")
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"{name}: got {value.dtype}, want {dtype}")
-
-
-def _check_input(name: str, x: Tensor, log_scale: Tensor, bias: Tensor) -> None:
-    if x.dim() < 2 or x.shape[1] < 2:
+    if x.dim() < 2 or x.shape[1] < least:
         raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, want (B, C, *spatial) with C at least 2"
+            f"{name}: got shape {tuple(x.shape)}, want (B, C, *spatial) with C at least {least}"
         )
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"{name}: got {x.dtype}, want a floating type")
-    _check("log_scale", log_scale, (x.shape[1],), x)
-    _check("bias", bias, (x.shape[1],), x)
+    check_float(name, x)
+    if (log_scale is None) != (bias is None):
+        missing = "log_scale" if log_scale is None else "bias"
+        raise ValueError(f"{missing}: got None, want both log_scale and bias, or neither")
+    if log_scale is not None and bias is not None:
+        check("log_scale", log_scale, (x.shape[1],), x)
+        check("bias", bias, (x.shape[1],), x)
+    if index is not None:
+        check("index", index, (x.shape[1],), x, torch.int64)
 
 
 def _check_all(
     name: str,
     x: Tensor,
     params: Tensor,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    log_det: Tensor | None,
+    index: Tensor | None,
+    flip: bool,
+) -> None:
+    _check_input(name, x, log_scale, bias, index, least=1)
+    channels = params.shape[1] if params.dim() > 1 else 0
+    if channels % 2 or not 2 <= channels <= 2 * x.shape[1]:
+        raise ValueError(
+            f"params: got shape {tuple(params.shape)}, want (B, 2T, *spatial) with T, the number "
+            f"of transformed channels, from 1 to {x.shape[1]}"
+        )
+    check("params", params, (x.shape[0], channels, *x.shape[2:]), x)
+    if gain is not None:
+        check("gain", gain, (channels // 2,), x)
+    if log_det is not None:
+        check("log_det", log_det, (x.shape[0],), x, reference.accumulate_dtype(x))
+    if index is not None and flip:
+        raise ValueError("flip: got True with an index, want one of the two: the index says it all")
+
+
+def actnorm_identity(
+    x: Tensor,
     log_scale: Tensor,
     bias: Tensor,
-    gain: Tensor,
-    log_det: Tensor | None,
-) -> None:
-    _check_input(name, x, log_scale, bias)
-    moved = x.shape[1] // 2
-    _check("params", params, (x.shape[0], 2 * moved, *x.shape[2:]), x)
-    _check("gain", gain, (moved,), x)
-    if log_det is not None:
-        _check("log_det", log_det, (x.shape[0],), x, reference.accumulate_dtype(x))
-
-
-def actnorm_identity(x: Tensor, log_scale: Tensor, bias: Tensor, *, flip: bool = False) -> Tensor:
-    """Actnorm of the identity half alone: the conditioner's input.
+    *,
+    form: CouplingForm = _PLAIN,
+    transformed: int | None = None,
+    flip: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Actnorm of the identity part alone: the conditioner's input.
 
         a = x_i · exp(log_scale_i) + bias_i
 
-    The identity half is the first ⌈C/2⌉ channels, or the last ⌈C/2⌉ with `flip`.
-
     Args:
-        x: (B, C, *spatial), C at least 2; spatial may be empty.
+        x: (B, C, *spatial); spatial may be empty.
         log_scale, bias: (C,).
-        flip: which half is the identity half.
+        form: says in which order actnorm scales and shifts.
+        transformed: T, the number of channels that are not in the identity part; ⌊C/2⌋ by default.
+        flip, index: as in `actnorm_coupling`.
 
     Returns:
-        a, (B, ⌈C/2⌉, *spatial), contiguous, in the type of x.
+        a, (B, C - T, *spatial), in the type and memory format of x.
 
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    _check_input("x", x, log_scale, bias)
-    return _Identity.apply(x, log_scale, bias, flip)
+    _check_input("x", x, log_scale, bias, index, least=2)
+    moved = x.shape[1] // 2 if transformed is None else transformed
+    if not 1 <= moved < x.shape[1]:
+        raise ValueError(f"transformed: got {transformed}, want from 1 to {x.shape[1] - 1}")
+    return _Identity.apply(x, log_scale, bias, index, moved, form.key, flip)
 
 
 def actnorm_coupling(
     x: Tensor,
     params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
+    log_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
     log_det: Tensor | None = None,
     *,
+    form: CouplingForm = _PLAIN,
     flip: bool = False,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Actnorm, then affine coupling, in one pass over memory.
 
         u   = x · exp(log_scale) + bias
-        s   = gain · tanh(raw)                          raw, shift = the halves of params
+        s   = gain · f(raw)                             raw and shift from params
         y_i = u_i,    y_t = u_t · exp(s) + shift
         log|det J| = Σ s + S · Σ log_scale              S = number of spatial positions
 
-    The identity half (i) is the first ⌈C/2⌉ channels and the transformed half (t) the rest; with
-    `flip` the transformed half comes first. Only y, params and the per-channel parameters are kept
-    for the backward, which recomputes x from y.
+    `form` chooses f (tanh by default), the order of scale and shift, and the layout of params. The
+    transformed part (t) is the last T channels of x, or the first T with `flip`, or the channels
+    that `index` names; the identity part (i) is the rest. Only y, params and the per-channel
+    parameters are kept for the backward, which recomputes what it needs of x from y.
 
     Args:
-        x: (B, C, *spatial), C at least 2; spatial may be empty.
-        params: the conditioner's output, (B, 2·⌊C/2⌋, *spatial): raw, then shift.
-        log_scale, bias: (C,).
-        gain: (⌊C/2⌋,).
+        x: (B, C, *spatial); spatial may be empty. Contiguous and channels-last tensors are used as
+            they are, any other is copied.
+        params: the conditioner's output, (B, 2T, *spatial), 1 ≤ T ≤ C.
+        log_scale, bias: (C,); None for both leaves actnorm out.
+        gain: (T,); None counts as one.
         log_det: (B,) in nats, float32 (float64 for float64 x); None counts as zero.
-        flip: which half is transformed.
+        form: the compile-time choices.
+        flip: whether the transformed part comes first.
+        index: (C,), int64: a permutation of the channels, those of the identity part before those of
+            the transformed part. That it is one is not checked: it would read the device.
 
     Returns:
-        y, in the shape and type of x, and the given log_det plus this step's: a fresh (B,) tensor.
+        y, in the shape, type and memory format of x, and the given log_det plus this step's: a
+        fresh (B,) tensor.
 
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    _check_all("x", x, params, log_scale, bias, gain, log_det)
-    return _Coupling.apply(x, params, log_scale, bias, gain, log_det, flip)
+    _check_all("x", x, params, log_scale, bias, gain, log_det, index, flip)
+    return apply(x, params, log_scale, bias, gain, log_det, index, form, flip)
 
 
 def actnorm_coupling_inverse(
     y: Tensor,
     params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
+    log_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
     log_det: Tensor | None = None,
     *,
+    form: CouplingForm = _PLAIN,
     flip: bool = False,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `actnorm_coupling`, given the same params.
 
-        u_i = y_i,    u_t = (y_t − shift) · exp(−s)
-        x   = (u − bias) · exp(−log_scale)
-        log|det J| = −Σ s − S · Σ log_scale
+        u_i = y_i,    u_t = (y_t - shift) · exp(-s)
+        x   = (u - bias) · exp(-log_scale)
+        log|det J| = -Σ s - S · Σ log_scale
 
-    The conditioner's input is y's identity half, so `actnorm_identity` has no part here.
+    The conditioner's input is y's identity part, so `actnorm_identity` has no part here.
 
     Arguments, results and errors: as `actnorm_coupling`, with x and y exchanged; the log-det is
     that of the inverse.
     """
-    _check_all("y", y, params, log_scale, bias, gain, log_det)
-    return _CouplingInverse.apply(y, params, log_scale, bias, gain, log_det, flip)
+    _check_all("y", y, params, log_scale, bias, gain, log_det, index, flip)
+    return apply(y, params, log_scale, bias, gain, log_det, index, form, flip, inverse=True)

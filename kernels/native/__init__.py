@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Imported before the library is opened: torch brings the OpenMP runtime (its wheel's libgomp.so.1),
 # which then also serves this library, since that asks for the same SONAME: one pool of threads
@@ -30,24 +31,11 @@ class NativeLibraryError(RuntimeError):
     """The native CPU library is missing or cannot be loaded; the message says what to do."""
 
 
-class _Shape(ctypes.Structure):
-    """`Shape` of native.h."""
-
-    _fields_ = (
-        ("samples", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("positions", ctypes.c_int64),
-        ("flip", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
 class Library:
     """The loaded library. `isa` is the instruction set in use: the best this processor runs."""
 
     def __init__(self, path: Path) -> None:
         self._dll = ctypes.CDLL(str(path))
-        self._dll.hybridflow_scratch.restype = ctypes.c_int64
         self.supported = tuple(
             isa for isa in INSTRUCTION_SETS if self._dll.hybridflow_runs(isa.encode())
         )
@@ -64,19 +52,19 @@ class Library:
         finally:
             self.isa = before
 
-    def shape(self, x: Tensor, flip: bool) -> _Shape:
-        """The shape of x (B, C, *spatial), with the number of threads torch uses now."""
-        samples, channels = x.shape[:2]
-        return _Shape(samples, channels, x.shape[2:].numel(), flip, torch.get_num_threads())
+    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
+        """Call `name`: tensors (contiguous, on the CPU) pass as pointers and None as a null pointer,
+        integers as int64_t, floats as double; the number of threads torch uses now comes last."""
+        function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
+        function(*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
 
-    def scratch(self, shape: _Shape, like: Tensor) -> Tensor:
-        """Scratch memory for one call."""
-        return like.new_empty(self._dll.hybridflow_scratch(ctypes.byref(shape)))
 
-    def call(self, name: str, shape: _Shape, *tensors: Tensor | None) -> None:
-        """Call `name` on contiguous float32 CPU tensors; None is passed as a null pointer."""
-        pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors)
-        getattr(self._dll, f"hybridflow_{self.isa}_{name}")(ctypes.byref(shape), *pointers)
+def _as_c(argument: Tensor | int | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return None if argument is None else ctypes.c_int64(argument)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// exp and tanh without branches, tables or calls, so that loops over them vectorise.
+// exp, log and tanh without branches, tables or calls, so that loops over them vectorise.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,39 @@ inline float vector_exp(float x) {
   const int32_t half = exponent >> 1;
   return p * power_of_two(static_cast<uint32_t>(half)) *
          power_of_two(static_cast<uint32_t>(exponent - half));
+}
+
+// Within 2 ulp for normal numbers and gradual underflow; 0, infinity and negative numbers as std::log.
+// Cephes' polynomial on [sqrt(1/2), sqrt(2)).
+inline float vector_log(float x) {
+  const bool tiny = x < 1.17549435e-38f;
+  const float scaled = tiny ? x * 8388608.0f : x;  // 2^23
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, sizeof bits);
+  float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 126) - (tiny ? 23.0f : 0.0f);
+  bits = (bits & 0x007FFFFFu) | 0x3F000000u;
+  float m;  // in [1/2, 1)
+  std::memcpy(&m, &bits, sizeof m);
+  const bool small = m < 0.70710678118654752f;
+  exponent -= small ? 1.0f : 0.0f;
+  m = (small ? m + m : m) - 1.0f;
+  const float z = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  float y = m * z * p;
+  y = y - exponent * 2.12194440e-4f;
+  y = y - 0.5f * z;
+  const float finite = (m + y) + exponent * 0.693359375f;
+  const float infinity = __builtin_inff();
+  const float edge = x == 0.0f ? -infinity : (x == infinity ? infinity : __builtin_nanf(""));
+  return x > 0.0f && x < infinity ? finite : edge;
 }
 
 struct Tanh {
