@@ -4,11 +4,9 @@ import functools
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-__all__ = ["CouplingForm", "Scale"]
+__all__ = ["PLAIN", "CouplingForm", "Scale"]
 
-Scale = Literal[
-    "exp", "tanh", "atan", "two_sigmoid", "soft_clamp", "sigmoid", "inverse_sigmoid"
-]
+Scale = Literal["exp", "tanh", "atan", "two_sigmoid", "soft_clamp", "sigmoid", "inverse_sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +78,7 @@ class CouplingForm:
             leading,  # type: ignore[arg-type]
             norm_shift_first == "True",
         )
+
+
+PLAIN = CouplingForm()
+"""Our own layers': s = gain · tanh(raw), y = u·exp(s) + shift."""

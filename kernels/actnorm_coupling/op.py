@@ -10,11 +10,9 @@ from torch.autograd.function import once_differentiable
 from .. import _backend
 from .._operator import check, check_float, operator
 from . import native_impl, reference
-from .form import CouplingForm
+from .form import PLAIN, CouplingForm
 
 __all__ = ["actnorm_coupling", "actnorm_coupling_inverse", "actnorm_identity", "apply"]
-
-_PLAIN = CouplingForm()
 
 
 def _implementation(*tensors: Tensor | None) -> ModuleType:
@@ -186,12 +184,12 @@ def _gradients_fake(
     return _new(out, out.shape[1]), grad_params, *vectors  # type: ignore[return-value]
 
 
-_identity = operator("actnorm_identity", _identity_body, _identity_fake)
-_identity_backward = operator(
+identity_operator = operator("actnorm_identity", _identity_body, _identity_fake)
+identity_backward_operator = operator(
     "actnorm_identity_backward", _identity_backward_body, _identity_backward_fake
 )
-_map = operator("actnorm_coupling", _map_body, _map_fake)
-_gradients = operator("actnorm_coupling_backward", _gradients_body, _gradients_fake)
+map_operator = operator("actnorm_coupling", _map_body, _map_fake)
+gradients_operator = operator("actnorm_coupling_backward", _gradients_body, _gradients_fake)
 
 
 # --- autograd: only the output and the conditioner's output are kept -----------------------------
@@ -207,7 +205,7 @@ class _Identity(torch.autograd.Function):
         index: Tensor | None,
         *choices: Any,
     ) -> Tensor:
-        a = _identity(x, log_scale, bias, index, *choices)
+        a = identity_operator(x, log_scale, bias, index, *choices)
         ctx.save_for_backward(a, log_scale, bias, index)
         ctx.choices = choices
         return a
@@ -215,7 +213,7 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _identity_backward(grad, *ctx.saved_tensors, *ctx.choices)
+        grads = identity_backward_operator(grad, *ctx.saved_tensors, *ctx.choices)
         return *grads, None, *(None for _ in ctx.choices)
 
 
@@ -236,7 +234,7 @@ class _Coupling(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         operands = (params, log_scale, bias, gain)
-        out, total = _map(x, *operands, log_det, index, form, flip, inverse)
+        out, total = map_operator(x, *operands, log_det, index, form, flip, inverse)
         ctx.save_for_backward(out, *operands, index)
         ctx.choices = form, flip, inverse
         ctx.accumulates = log_det is not None
@@ -254,7 +252,7 @@ class _Coupling(torch.autograd.Function):
             if grad_total is None
             else grad_total,
         )
-        grad_x, *grads = _gradients(*given, out, *operands, index, *ctx.choices)
+        grad_x, *grads = gradients_operator(*given, out, *operands, index, *ctx.choices)
         present = (g if v is not None else None for g, v in zip(grads, operands, strict=True))
         return (grad_x, *present, grad_total if ctx.accumulates else None, None, *(None,) * 3)
 
@@ -267,7 +265,7 @@ def apply(
     gain: Tensor | None = None,
     log_det: Tensor | None = None,
     index: Tensor | None = None,
-    form: CouplingForm = _PLAIN,
+    form: CouplingForm = PLAIN,
     flip: bool = False,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -334,7 +332,7 @@ def actnorm_identity(
     log_scale: Tensor,
     bias: Tensor,
     *,
-    form: CouplingForm = _PLAIN,
+    form: CouplingForm = PLAIN,
     transformed: int | None = None,
     flip: bool = False,
     index: Tensor | None = None,
@@ -371,7 +369,7 @@ def actnorm_coupling(
     gain: Tensor | None = None,
     log_det: Tensor | None = None,
     *,
-    form: CouplingForm = _PLAIN,
+    form: CouplingForm = PLAIN,
     flip: bool = False,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -418,7 +416,7 @@ def actnorm_coupling_inverse(
     gain: Tensor | None = None,
     log_det: Tensor | None = None,
     *,
-    form: CouplingForm = _PLAIN,
+    form: CouplingForm = PLAIN,
     flip: bool = False,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ __all__ = [
     "identity",
     "identity_backward",
     "map",
+    "merge",
+    "split",
 ]
 
 _ATAN = 0.636  # FrEIA's rounding of 2/π: part of the definition of that scale
@@ -46,7 +48,7 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.to(accumulate_dtype(x)).view(-1, *(1,) * (x.dim() - 2))
 
 
-def _split(x: Tensor, moved: int, index: Tensor | None, flip: bool) -> tuple[Tensor, Tensor]:
+def split(x: Tensor, moved: int, index: Tensor | None, flip: bool) -> tuple[Tensor, Tensor]:
     """Identity part, then transformed part, of channels (dimension 1, or 0 of a vector)."""
     axis = min(1, x.dim() - 1)
     kept = x.shape[axis] - moved
@@ -56,7 +58,7 @@ def _split(x: Tensor, moved: int, index: Tensor | None, flip: bool) -> tuple[Ten
     return (second, first) if flip else (first, second)
 
 
-def _merge(kept: Tensor, moved: Tensor, index: Tensor | None, flip: bool) -> Tensor:
+def merge(kept: Tensor, moved: Tensor, index: Tensor | None, flip: bool) -> Tensor:
     axis = min(1, kept.dim() - 1)
     if index is not None:
         return torch.cat((kept, moved), dim=axis).index_select(axis, index.argsort())
@@ -150,8 +152,8 @@ def identity(
     flip: bool,
 ) -> Tensor:
     """Actnorm of the identity part (B, C - moved, *spatial)."""
-    kept, _ = _split(_wide(x), moved, index, flip)
-    lam, b = (_split(_wide(v), moved, index, flip)[0] for v in (log_scale, bias))
+    kept, _ = split(_wide(x), moved, index, flip)
+    lam, b = (split(_wide(v), moved, index, flip)[0] for v in (log_scale, bias))
     lam, b = _per_channel(lam, x), _per_channel(b, x)
     return _like(_affine(kept, lam, b, False, form.norm_shift_first), x)
 
@@ -167,7 +169,7 @@ def identity_backward(
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, log_scale and bias from the gradient of `identity`'s output a."""
-    lam, b = (_split(_wide(v), moved, index, flip)[0] for v in (log_scale, bias))
+    lam, b = (split(_wide(v), moved, index, flip)[0] for v in (log_scale, bias))
     _, grad_kept, grad_lam, grad_b = _affine_backward(
         *(_wide(a), _wide(grad), _per_channel(lam, a), _per_channel(b, a)),
         *(False, form.norm_shift_first),
@@ -175,9 +177,9 @@ def identity_backward(
     nothing = grad_kept.new_zeros(a.shape[0], moved, *a.shape[2:])
     none = nothing.new_zeros(moved)
     return (
-        _like(_merge(grad_kept, nothing, index, flip), a),
-        _merge(_channel_sum(grad_lam), none, index, flip).to(log_scale.dtype),
-        _merge(_channel_sum(grad_b), none, index, flip).to(bias.dtype),
+        _like(merge(grad_kept, nothing, index, flip), a),
+        merge(_channel_sum(grad_lam), none, index, flip).to(log_scale.dtype),
+        merge(_channel_sum(grad_b), none, index, flip).to(bias.dtype),
     )
 
 
@@ -205,8 +207,8 @@ def map(
         s = _squash(raw, form)
         if gain is not None:
             s = _per_channel(gain, x) * s
-        kept, moved = _split(v, s.shape[1], index, flip)
-        v = _merge(kept, _affine(moved, s, t, inverse, form.shift_first), index, flip)
+        kept, moved = split(v, s.shape[1], index, flip)
+        v = merge(kept, _affine(moved, s, t, inverse, form.shift_first), index, flip)
         own = own + s.flatten(1).sum(1)
     if inverse:
         v, own = _actnorm(v, log_scale, bias, form, inverse), -own
@@ -258,12 +260,12 @@ def gradients(
         f, slope = _squash(raw, form), _squash_derivative(raw, form)
         bound = None if gain is None else _per_channel(gain, out)
         s = f if bound is None else bound * f
-        kept, moved = _split(v, s.shape[1], index, flip)
-        g_kept, g_moved = _split(g, s.shape[1], index, flip)
+        kept, moved = split(v, s.shape[1], index, flip)
+        g_kept, g_moved = split(g, s.shape[1], index, flip)
         moved, g_moved, grad_s, grad_t = _affine_backward(
             moved, g_moved, s, t, inverse, form.shift_first
         )
-        v, g = _merge(kept, moved, index, flip), _merge(g_kept, g_moved, index, flip)
+        v, g = merge(kept, moved, index, flip), merge(g_kept, g_moved, index, flip)
         grad_s = grad_s + g_log_det.view(-1, *(1,) * (out.dim() - 1))
         if gain is not None and bound is not None:
             grad_gain = _channel_sum(grad_s * f).to(gain.dtype)

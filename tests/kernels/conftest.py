@@ -50,9 +50,14 @@ def device(implementation: str) -> str:
 def operands() -> Callable[..., list[Tensor]]:
     """Random x, params, log_scale, bias, gain and log_det; none of them is near zero throughout."""
 
-    def make(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    def make(
+        *shape: int,
+        transformed: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> list[Tensor]:
         samples, channels, *spatial = shape
-        moved = channels // 2
+        moved = channels // 2 if transformed is None else transformed
         generator = torch.Generator().manual_seed(sum(shape))
 
         def normal(*size: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hybridflow.kernels import (
+    CouplingForm,
     _backend,
     actnorm_coupling,
     actnorm_coupling_inverse,
@@ -16,18 +17,28 @@ from hybridflow.kernels import (
 
 
 @pytest.mark.parametrize("given", (False, True))
-def test_operators_are_registered_correctly(operands, given):
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_operators_are_registered_correctly(operands, given, channels_last):
     ops = torch.ops.hybridflow
-    x, params, log_scale, bias, gain, log_det = (t.detach() for t in operands(3, 5, 2))
-    small = (params, log_scale, bias, gain)
+    tensors = [t.detach() for t in operands(3, 5, 2, 3)]
+    if channels_last:
+        tensors[:2] = (t.to(memory_format=torch.channels_last) for t in tensors[:2])
+    x, params, log_scale, bias, gain, log_det = tensors
+    norm = (log_scale, bias) if given else (None, None)
+    operands = (params, *norm, gain if given else None)
+    index = None if given else torch.tensor([3, 1, 0, 2, 4])
+    form = CouplingForm("atan", shift_first=given).key
     a = x[:, :3].clone()
     for op, arguments in (
-        (ops.actnorm_identity, (x, log_scale, bias, False)),
-        (ops.actnorm_identity_backward, (a, a, log_scale, bias, False)),
-        (ops.actnorm_coupling, (x, *small, log_det if given else None, True)),
-        (ops.actnorm_coupling_inverse, (x, *small, log_det if given else None, True)),
-        (ops.actnorm_coupling_backward, (x, log_det, x, *small, given)),
-        (ops.actnorm_coupling_inverse_backward, (x, log_det, x, *small, given)),
+        (ops.actnorm_identity, (x, log_scale, bias, index, 2, form, given)),
+        (ops.actnorm_identity_backward, (a, a, log_scale, bias, index, 2, form, given)),
+        (
+            ops.actnorm_coupling,
+            (x, *operands, log_det if given else None, index, form, given, True),
+        ),
+        (ops.actnorm_coupling, (x, None, *norm, None, None, None, form, False, False)),
+        (ops.actnorm_coupling_backward, (x, log_det, x, *operands, index, form, given, False)),
+        (ops.actnorm_moments, (x,)),
     ):
         torch.library.opcheck(op.default, arguments)
 

@@ -1,0 +1,167 @@
+"""A chain of couplings that keeps the activations of one: the backward walks it in reverse."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import op, reference
+from .form import PLAIN, CouplingForm
+
+__all__ = ["ChainStep", "coupling_chain"]
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """One step of a chain: the operands of `actnorm_coupling`, with the conditioner for `params`.
+
+    Args:
+        conditioner: from the identity part, after actnorm, (B, C - T, *spatial), to params
+            (B, 2T, *spatial). It runs twice for each training step, and must give the same both
+            times: no dropout, no batch statistics.
+        transformed: T.
+        log_scale, bias, gain, form, flip, index: as in `actnorm_coupling`.
+    """
+
+    conditioner: nn.Module
+    transformed: int
+    log_scale: Tensor | None = None
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+    form: CouplingForm = PLAIN
+    flip: bool = False
+    index: Tensor | None = None
+
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.log_scale, self.bias, self.gain
+
+    def choices(self) -> tuple[str, bool]:
+        return self.form.key, self.flip
+
+    def identity(self, x: Tensor, normed: bool) -> Tensor:
+        """The identity part of x, after actnorm or of an x that has passed it."""
+        if normed or self.log_scale is None or self.bias is None:
+            return reference.split(x, self.transformed, self.index, self.flip)[0]
+        vectors = self.log_scale, self.bias, self.index
+        return op.identity_operator(x, *vectors, self.transformed, *self.choices())
+
+    def map(self, x: Tensor, params: Tensor, log_det: Tensor | None, inverse: bool) -> Any:
+        """The step in one direction, without autograd."""
+        operands = (x, params, *self.vectors(), log_det, self.index)
+        return op.map_operator(*operands, *self.choices(), inverse)
+
+
+def coupling_chain(
+    x: Tensor,
+    steps: Sequence[ChainStep],
+    log_det: Tensor | None = None,
+    *,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Steps one after the other, with the activations of a single step kept.
+
+        forward: y = f_n(… f_1(x));    inverse: y = f_1⁻¹(… f_n⁻¹(x))
+
+    Values and gradients are those of `actnorm_coupling` applied step by step, up to rounding. The
+    backward goes from the output to the input: it inverts each step, runs its conditioner again, and
+    forgets both; so memory does not grow with the number of steps, and each conditioner runs once
+    more than it otherwise would.
+
+    Args:
+        x: (B, C, *spatial).
+        steps: the steps, in the order of the forward direction.
+        log_det: (B,) in nats, float32 (float64 for float64 x); None counts as zero.
+        inverse: the direction.
+
+    Returns:
+        y, in the shape and type of x, and log_det plus that of the chain in this direction: (B,).
+
+    Raises:
+        ValueError: there is no step.
+
+    Source: Gomez, Ren, Urtasun and Grosse, *The reversible residual network*, NeurIPS 2017.
+    """
+    if not steps:
+        raise ValueError("steps: got none, want at least one")
+    weights = [list(step.conditioner.parameters()) for step in steps]
+    flat = [v for step, own in zip(steps, weights, strict=True) for v in (*step.vectors(), *own)]
+    if log_det is None:
+        log_det = x.new_zeros(x.shape[0], dtype=reference.accumulate_dtype(x))
+    return _Chain.apply(x, log_det, tuple(steps), inverse, _autocast(x.device.type), *flat)
+
+
+def _autocast(device: str) -> Callable[[], Any]:
+    """Reproduces, inside the backward, the autocast that is in force now."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    cache = torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device, dtype, enabled=enabled, cache_enabled=cache)
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_det: Tensor,
+        steps: tuple[ChainStep, ...],
+        inverse: bool,
+        autocast: Callable[[], Any],
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        for step in reversed(steps) if inverse else steps:
+            params = step.conditioner(step.identity(x, normed=inverse))
+            x, log_det = step.map(x, params, log_det, inverse)
+        ctx.save_for_backward(x, *flat)  # flat for autograd's check that none was changed since
+        ctx.steps, ctx.inverse, ctx.autocast = steps, inverse, autocast
+        return x, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        out, *_ = ctx.saved_tensors
+        gradients: list[list[Tensor | None]] = []
+        for step in ctx.steps if ctx.inverse else reversed(ctx.steps):
+            out, grad, own = _undo(step, out, grad, grad_log_det, ctx.inverse, ctx.autocast)
+            gradients.append(own)
+        if not ctx.inverse:
+            gradients.reverse()
+        return grad, grad_log_det, None, None, None, *itertools.chain.from_iterable(gradients)
+
+
+def _undo(
+    step: ChainStep,
+    out: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    inverse: bool,
+    autocast: Callable[[], Any],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """From a step's output and its gradient: its input, that gradient, and those of its parameters
+    (log_scale, bias, gain, then the conditioner's)."""
+    weights = list(step.conditioner.parameters())
+    trained = [w for w in weights if w.requires_grad]
+    a = step.identity(out, normed=not inverse).detach().requires_grad_()
+    with torch.enable_grad(), autocast():
+        params = step.conditioner(a)
+    fixed = params.detach()
+    operands = (grad, grad_log_det, out, fixed, *step.vectors(), step.index)
+    grad_x, grad_params, *grad_vectors = op.gradients_operator(*operands, *step.choices(), inverse)
+    x, _ = step.map(out, fixed, None, not inverse)
+    grad_a, *grad_weights = torch.autograd.grad(params, (a, *trained), grad_params)
+
+    own = [g if v is not None else None for g, v in zip(grad_vectors, step.vectors(), strict=True)]
+    if inverse or step.log_scale is None or step.bias is None:
+        kept, moved = reference.split(grad_x, step.transformed, step.index, step.flip)
+        grad_x = reference.merge(kept + grad_a, moved, step.index, step.flip)
+    else:  # the conditioner read what actnorm made of the input
+        vectors = (step.log_scale, step.bias, step.index, step.transformed)
+        through = op.identity_backward_operator(grad_a, a.detach(), *vectors, *step.choices())
+        grad_x = grad_x + through[0]
+        own[:2] = (grad_vectors[0] + through[1], grad_vectors[1] + through[2])
+    found = iter(grad_weights)
+    own += [next(found) if w.requires_grad else None for w in weights]
+    return x, grad_x, own
