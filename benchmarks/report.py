@@ -1,16 +1,21 @@
-"""Render the results files as the tables of the README: `python -m benchmarks.report`.
+"""Render the results files as the tables and the pictures of the README: `python -m benchmarks.report`.
 
-A table stands in the README between `<!-- NAME -->` and `<!-- /NAME -->`; nothing else is touched.
-With --check nothing is written, and the exit status says whether the README is up to date.
+A table stands in the README between `<!-- NAME -->` and `<!-- /NAME -->`; nothing else is touched. A
+picture stands beside its results file, whose digest it carries. With --check nothing is written, and the
+exit status says whether tables and pictures are up to date.
 """
 
 import argparse
+import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from benchmarks import kernel_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,22 +68,76 @@ def small_runs(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]], str]:
+    def of_only(records: list[dict[str, Any]]) -> str:
+        return table(records[0])
+
+    return of_only
+
+
 TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]] = {
     "digits-ablation": (digits_ablation, ("digits-ablation",)),
     "small-runs": (small_runs, ("mnist-small", "fashion-mnist-small", "cifar10-small")),
+} | {
+    f"kernels-{device}{name}": (_of_kernels(table), (f"kernels-{device}",))
+    for device in ("cpu", "cuda")
+    for name, table in (
+        ("", kernel_tables.operations),
+        ("-priors", kernel_tables.priors),
+        ("-models", kernel_tables.models),
+        ("-memory", kernel_tables.memory),
+    )
 }
+PICTURES = ("kernels-cpu", "kernels-cuda")
 
 
 def render(readme: str, results: Path) -> str:
-    """The README with every table made anew from the results files."""
+    """The README with every table made anew from the results files.
+
+    What was never measured has no file, and then no place in the README either.
+    """
     for name, (table, sources) in TABLES.items():
-        records = [r for s in sources for r in json.loads((results / f"{s}.json").read_text())]
-        block = f"<!-- {name} -->\n{table(records)}\n<!-- /{name} -->"
         pattern = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        if not pattern.search(readme):
+        place, files = pattern.search(readme), [results / f"{source}.json" for source in sources]
+        if not any(file.exists() for file in files):
+            if place:
+                raise SystemExit(f"README.md: there are no results for the table {name}")
+            continue
+        if not place:
             raise SystemExit(f"README.md: no place for the table {name}")
+        block = f"<!-- {name} -->\n{table(_records(files))}\n<!-- /{name} -->"
         readme = pattern.sub(lambda _, block=block: block, readme)
     return readme
+
+
+def _records(files: list[Path]) -> list[dict[str, Any]]:
+    """What the files hold: a list of records each, or one."""
+    contents = [json.loads(file.read_text()) for file in files]
+    return [r for c in contents for r in (c if isinstance(c, list) else [c])]
+
+
+def outdated_pictures(results: Path) -> dict[Path, str]:
+    """Pictures that do not show their results file, and the digest of that file."""
+    found = {}
+    for name in PICTURES:
+        file, picture = results / f"{name}.json", results / f"{name}.png"
+        if file.exists():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if not picture.exists() or png_text(picture.read_bytes()).get("Source") != digest:
+                found[picture] = digest
+    return found
+
+
+def png_text(png: bytes) -> dict[str, str]:
+    """The texts that a PNG file carries."""
+    texts, at = {}, 8
+    while at < len(png):
+        length, kind = struct.unpack_from(">I4s", png, at)
+        if kind == b"tEXt":
+            key, _, value = png[at + 8 : at + 8 + length].partition(b"\0")
+            texts[key.decode("latin-1")] = value.decode("latin-1")
+        at += 12 + length
+    return texts
 
 
 def main() -> None:
@@ -91,11 +150,17 @@ def main() -> None:
     path = ROOT / "README.md"
     old = path.read_text()
     new = render(old, RESULTS)
-    if args.check and new != old:
-        raise SystemExit(
-            "README.md is not what benchmarks/results says: python -m benchmarks.report"
-        )
+    pictures = outdated_pictures(RESULTS)
+    if args.check:
+        stale = (["README.md"] if new != old else []) + [picture.name for picture in pictures]
+        if stale:
+            raise SystemExit(
+                f"{', '.join(stale)}: not what benchmarks/results says: python -m benchmarks.report"
+            )
+        return
     path.write_text(new)
+    for picture, digest in pictures.items():
+        kernel_tables.picture(json.loads(picture.with_suffix(".json").read_text()), picture, digest)
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -1,131 +1,169 @@
-"""Launchers of native.cpp: contiguous float32 CPU tensors in, tensors out, as in reference.py."""
+"""Launchers of native.cpp: CPU tensors of 32 and 16 bits in the formats of op.py, as in reference.py."""
+
+import functools
+import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .. import native
+from .form import CouplingForm, Scale
 
-__all__ = [
-    "backward",
-    "forward",
-    "identity",
-    "identity_backward",
-    "inverse",
-    "inverse_backward",
-]
+__all__ = ["gradients", "identity", "identity_backward", "map"]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # native.cpp: Type
+_SCALES = get_args(Scale)  # native.cpp: Scale
 
 
-def identity(x: Tensor, log_scale: Tensor, bias: Tensor, flip: bool) -> Tensor:
-    library = native.load()
-    shape = library.shape(x, flip)
-    a = x.new_empty(x.shape[0], x.shape[1] - x.shape[1] // 2, *x.shape[2:])
-    scratch = library.scratch(shape, x)
-    library.call("actnorm_identity", shape, x, log_scale, bias, scratch, a)
+@functools.cache
+def _choices(form: str) -> tuple[int | float, ...]:
+    """A form, by its key, as native.cpp wants it."""
+    f = CouplingForm.parse(form)
+    return (
+        int(f.norm_shift_first),
+        _SCALES.index(f.scale),
+        int(f.shift_first),
+        int(f.interleaved),
+        int(f.leading == "shift"),
+        float(f.clamp),
+        float(f.eps),
+        float(f.factor),
+    )
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """Samples, channels, and the numbers of positions outside and inside the channels' dimension."""
+    samples, channels, *spatial = x.shape
+    positions = math.prod(spatial)
+    outer, inner = (1, positions) if x.is_contiguous() else (positions, 1)
+    return samples, channels, outer, inner
+
+
+def _new(like: Tensor, channels: int) -> Tensor:
+    """Memory in the type and format of `like` for so many channels."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    if like.is_contiguous():
+        return torch.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _float(v: Tensor | None) -> Tensor | None:
+    return v if v is None or v.dtype == torch.float32 else v.float()
+
+
+def _gradient_of(v: Tensor | None) -> Tensor | None:
+    return None if v is None else torch.empty(v.shape, dtype=torch.float32)
+
+
+def _as(grad: Tensor | None, v: Tensor | None) -> Tensor | None:
+    """A gradient in the type of its operand."""
+    return grad if grad is None or v is None or v.dtype == torch.float32 else grad.to(v.dtype)
+
+
+def _refuse(index: Tensor | None) -> ValueError:
+    given = [] if index is None else index.tolist()
+    return ValueError(f"index: got {given}, want a permutation of the channels 0 to {len(given) - 1}")
+
+
+def identity(
+    x: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    moved: int,
+    form: CouplingForm,
+    flip: bool,
+) -> Tensor:
+    a = _new(x, x.shape[1] - moved)
+    accepted = native.load().accepts(
+        "actnorm_identity",
+        *(x, _float(log_scale), _float(bias), index, a),
+        *(_TYPES[x.dtype], *_sizes(x), moved, int(flip), int(form.norm_shift_first)),
+    )
+    if not accepted:
+        raise _refuse(index)
     return a
 
 
 def identity_backward(
-    grad: Tensor, a: Tensor, log_scale: Tensor, bias: Tensor, flip: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    library = native.load()
-    grad_x = a.new_empty(a.shape[0], log_scale.shape[0], *a.shape[2:])
-    shape = library.shape(grad_x, flip)
-    grads = grad_x, torch.empty_like(log_scale), torch.empty_like(bias)
-    scratch = library.scratch(shape, a)
-    library.call("actnorm_identity_backward", shape, grad, a, log_scale, bias, scratch, *grads)
-    return grads
-
-
-def forward(
-    x: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    log_det: Tensor | None,
-    flip: bool,
-) -> tuple[Tensor, Tensor]:
-    return _map("actnorm_coupling", x, params, log_scale, bias, gain, log_det, flip)
-
-
-def inverse(
-    y: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    log_det: Tensor | None,
-    flip: bool,
-) -> tuple[Tensor, Tensor]:
-    return _map("actnorm_coupling_inverse", y, params, log_scale, bias, gain, log_det, flip)
-
-
-def backward(
-    grad_y: Tensor,
-    grad_log_det: Tensor,
-    y: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    flip: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    name = "actnorm_coupling_backward"
-    return _gradients(name, grad_y, grad_log_det, y, params, log_scale, bias, gain, flip)
-
-
-def inverse_backward(
-    grad_x: Tensor,
-    grad_log_det: Tensor,
-    x: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    flip: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    name = "actnorm_coupling_inverse_backward"
-    return _gradients(name, grad_x, grad_log_det, x, params, log_scale, bias, gain, flip)
-
-
-def _map(
-    name: str,
-    x: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    log_det: Tensor | None,
-    flip: bool,
-) -> tuple[Tensor, Tensor]:
-    library = native.load()
-    shape = library.shape(x, flip)
-    out = torch.empty_like(x), x.new_empty(x.shape[0])
-    scratch = library.scratch(shape, x)
-    library.call(name, shape, x, params, log_scale, bias, gain, log_det, scratch, *out)
-    return out
-
-
-def _gradients(
-    name: str,
     grad: Tensor,
+    a: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    moved: int,
+    form: CouplingForm,
+    flip: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = _new(a, log_scale.shape[0])
+    grad_log_scale, grad_bias = _gradient_of(log_scale), _gradient_of(bias)
+    samples, kept, *positions = _sizes(a)
+    accepted = native.load().accepts(
+        "actnorm_identity_backward",
+        *(grad.to(a.dtype), a, _float(log_scale), _float(bias), index, grad_x, grad_log_scale, grad_bias),
+        *(_TYPES[a.dtype], samples, kept + moved, *positions),
+        *(moved, int(flip), int(form.norm_shift_first)),
+    )
+    if not accepted:
+        raise _refuse(index)
+    return grad_x, _as(grad_log_scale, log_scale), _as(grad_bias, bias)  # type: ignore[return-value]
+
+
+def map(
+    x: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    log_det: Tensor | None,
+    index: Tensor | None,
+    form: CouplingForm,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+    moved = 0 if params is None else params.shape[1] // 2
+    accepted = native.load().accepts(
+        "actnorm_coupling",
+        *(x, params, _float(log_scale), _float(bias), _float(gain), log_det, index, out, total),
+        *(_TYPES[x.dtype], 0 if params is None else _TYPES[params.dtype], *_sizes(x)),
+        *(moved, int(flip), int(inverse), *_choices(form.key)),
+    )
+    if not accepted:
+        raise _refuse(index)
+    return out, total
+
+
+def gradients(
+    grad_out: Tensor,
     grad_log_det: Tensor,
     out: Tensor,
-    params: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    gain: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    index: Tensor | None,
+    form: CouplingForm,
     flip: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    library = native.load()
-    shape = library.shape(out, flip)
-    grads = (
-        torch.empty_like(out),
-        torch.empty_like(params),
-        torch.empty_like(log_scale),
-        torch.empty_like(bias),
-        torch.empty_like(gain),
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    grad_x = torch.empty_like(out)
+    grad_params = None if params is None else torch.empty_like(params)
+    vectors = log_scale, bias, gain
+    grads = [_gradient_of(v) for v in vectors]
+    accepted = native.load().accepts(
+        "actnorm_coupling_backward",
+        *(grad_out.to(out.dtype), _float(grad_log_det), out, params, *(_float(v) for v in vectors), index),
+        *(grad_x, grad_params, *grads),
+        *(_TYPES[out.dtype], 0 if params is None else _TYPES[params.dtype], *_sizes(out)),
+        *(0 if params is None else params.shape[1] // 2, int(flip), int(inverse)),
+        *_choices(form.key),
     )
-    inputs = (grad, grad_log_det, out, params, log_scale, bias, gain)
-    library.call(name, shape, *inputs, library.scratch(shape, out), *grads)
-    return grads
+    if not accepted:
+        raise _refuse(index)
+    return (
+        grad_x,
+        grad_params,
+        *(_as(g, v) for g, v in zip(grads, vectors, strict=True)),  # type: ignore[return-value]
+    )

@@ -40,6 +40,7 @@ class Library:
             isa for isa in INSTRUCTION_SETS if self._dll.hybridflow_runs(isa.encode())
         )
         self.isa = self.supported[0]
+        self._functions: dict[tuple[str, str], Any] = {}
 
     @contextmanager
     def using(self, isa: str) -> Iterator[None]:
@@ -55,16 +56,27 @@ class Library:
     def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
         """Call `name`: tensors (contiguous, on the CPU) pass as pointers and None as a null pointer,
         integers as int64_t, floats as double; the number of threads torch uses now comes last."""
-        function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
-        function(*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
+        self._run(name, arguments)
+
+    def accepts(self, name: str, *arguments: Tensor | int | float | None) -> bool:
+        """`call` for a function that checks its operands: False if it refused them, and did nothing."""
+        return self._run(name, arguments) != 0
+
+    def _run(self, name: str, arguments: tuple[Tensor | int | float | None, ...]) -> int:
+        function = self._functions.get((self.isa, name))
+        if function is None:
+            function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
+            # Of which type each argument is holds for every call; said once, ctypes converts faster.
+            function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
+            self._functions[self.isa, name] = function
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        return function(*values, torch.get_num_threads())
 
 
-def _as_c(argument: Tensor | int | float | None) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return None if argument is None else ctypes.c_int64(argument)
+def _c_type(argument: Tensor | int | float | None) -> Any:
+    if isinstance(argument, Tensor) or argument is None:
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(argument, float) else ctypes.c_int64
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import report, training
 
+PLACES = "".join(f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("digits-ablation", "small-runs"))
+
 
 def record(objective: str, seed: int, accuracy: float) -> dict:
     return {
@@ -54,9 +56,21 @@ def test_a_readme_without_a_place_for_a_table_is_refused(results: Path):
         report.render("nothing here", results)
 
 
+def test_a_place_for_a_table_without_results_is_refused(results: Path):
+    with pytest.raises(SystemExit, match="no results for the table kernels-cpu"):
+        report.render(PLACES + "<!-- kernels-cpu -->\n<!-- /kernels-cpu -->\n", results)
+
+
 def test_the_readme_is_up_to_date():
     readme = (report.ROOT / "README.md").read_text()
     assert report.render(readme, report.RESULTS) == readme
+    assert report.outdated_pictures(report.RESULTS) == {}
+
+
+def test_texts_of_a_png_are_read():
+    chunk = b"Source\0abc"
+    png = b"\x89PNG\r\n\x1a\n" + len(chunk).to_bytes(4, "big") + b"tEXt" + chunk + bytes(4)
+    assert report.png_text(png) == {"Source": "abc"}
 
 
 def test_every_experiment_of_the_ablation_is_made_once():
