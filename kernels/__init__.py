@@ -12,19 +12,30 @@ from .actnorm_coupling import (
     actnorm_identity,
     coupling_chain,
 )
+from .boundary_sample import boundary_sample
+from .dequantize_logit import dequantize_logit, logit_transform, logit_transform_inverse
+from .gmm_log_prob import GmmLogProb, gmm_log_prob
+from .standard_normal_log_prob import standard_normal_log_prob
 from .swap import FuseReport, fuse, unfuse
 
 __all__ = [
     "ChainStep",
     "CouplingForm",
     "FuseReport",
+    "GmmLogProb",
     "actnorm",
     "actnorm_coupling",
     "actnorm_coupling_inverse",
     "actnorm_identity",
     "actnorm_inverse",
     "actnorm_statistics",
+    "boundary_sample",
     "coupling_chain",
+    "dequantize_logit",
     "fuse",
+    "gmm_log_prob",
+    "logit_transform",
+    "logit_transform_inverse",
+    "standard_normal_log_prob",
     "unfuse",
 ]
