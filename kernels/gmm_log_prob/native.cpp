@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "gmm_log_prob/lanes.h"
+#include "native/lanes.h"
 #include "native/native.h"
 #include "native/vector_math.h"
 

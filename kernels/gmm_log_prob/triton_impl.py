@@ -332,9 +332,10 @@ def backward(
     )
     grad_means, grad_log_prior = torch.empty_like(means), torch.empty_like(log_prior)
     block = min(triton.next_power_of_2(classes * size), _FINISH_BLOCK)
-    grid = (triton.cdiv(classes * size, block) + triton.cdiv(classes, block),)
+    programs = triton.cdiv(classes * size, block) + triton.cdiv(classes, block)
+    sums = (partials, prior_partials, grad_means, grad_log_prior, plan.groups)
     launch(
-        *(_finish_kernel, grid, partials, prior_partials, grad_means, grad_log_prior, plan.groups),
+        *(_finish_kernel, (programs,), *sums),
         **{k: tile[k] for k in ("D", "K", "ACC", "num_warps")},
         BLOCK=block,
         GROUPS=_FINISH_TILE // block,

@@ -1,6 +1,6 @@
 // Log-density of the standard normal, in fp32 for z of 32 or 16 bits; the formulas are those of
 // reference.py.
-#include "gmm_log_prob/lanes.h"
+#include "native/lanes.h"
 #include "native/native.h"
 #include "native/vector_math.h"
 
