@@ -1,20 +1,23 @@
-"""The fused form of hybridflow.flow.coupling.FlowStep."""
+"""The fused form of hybridflow's own step."""
 
-from torch import Tensor
+from typing import Any
 
-from hybridflow.flow.actnorm import ActNorm
-from hybridflow.flow.coupling import AffineCoupling, FlowStep
+from torch import Tensor, nn
 
 from ..actnorm_coupling import actnorm_coupling, actnorm_coupling_inverse, actnorm_identity
+from ._fused import Fused, has_hooks
 
-__all__ = ["FusedFlowStep", "obstacle"]
+__all__ = ["LAYERS", "FusedFlowStep"]
 
 
-class FusedFlowStep(FlowStep):
+class FusedFlowStep(Fused):
     """A FlowStep that runs actnorm, coupling and log-det as one kernel.
 
     Parameters, buffers, state_dict keys and results are FlowStep's; see there.
     """
+
+    actnorm: Any
+    coupling: Any
 
     def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
@@ -43,16 +46,15 @@ class FusedFlowStep(FlowStep):
         )
 
 
-def obstacle(step: FlowStep) -> str:
-    """Why this module cannot be swapped; empty if it can."""
-    if type(step) is not FlowStep:
-        return "a subclass of FlowStep, whose behaviour may differ"
-    for name, part, kind in (
-        ("actnorm", step.actnorm, ActNorm),
-        ("coupling", step.coupling, AffineCoupling),
-    ):
-        if type(part) is not kind:
-            return f"its {name} is a {type(part).__name__}, not the plain {kind.__name__}"
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+def _flow_step(step: nn.Module) -> type[Fused] | str:
+    for name, kind in (("actnorm", "ActNorm"), ("coupling", "AffineCoupling")):
+        part = getattr(step, name)
+        cls = type(part)
+        if (cls.__module__, cls.__name__) != (f"hybridflow.flow.{name}", kind):
+            return f"its {name} is a {cls.__name__}, not the plain {kind}"
+        if has_hooks(part):
             return f"its {name} has hooks, which the fused step would not call"
-    return ""
+    return FusedFlowStep
+
+
+LAYERS = {"FlowStep": _flow_step}

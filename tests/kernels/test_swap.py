@@ -1,6 +1,12 @@
-"""fuse and unfuse on live models of hybridflow's own layers."""
+"""fuse and unfuse on live models of hybridflow's own layers, and on strange ones.
+
+Other libraries' layers: tests/kernels/swap.
+"""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,10 +149,11 @@ def test_the_report_names_what_was_swapped_and_why_the_rest_was_not():
         FlowStep(4, conv_conditioner(2, 8, 4)), Other(4, conv_conditioner(2, 8, 4)), hooked
     )
     report = fuse(model)
-    assert report.swapped == ("steps.0",)
+    assert report.swapped == {"steps.0": "hybridflow.flow.coupling.FlowStep"}
     assert report.left["steps.1"] == "a subclass of FlowStep, whose behaviour may differ"
     assert "hooks" in report.left["steps.2"]
-    assert str(report).splitlines()[0] == "fused 1 of 3 flow steps"
+    lines = str(report).splitlines()
+    assert lines[:2] == ["fused 1 of 3 flow layers", "  1 hybridflow.flow.coupling.FlowStep"]
     assert "steps.2" in str(report)
     assert type(model.steps[1]) is Other
 
@@ -168,8 +175,67 @@ def test_a_fused_model_can_be_copied_and_saved():
     fresh, _ = images()
     fresh.load_state_dict(model.state_dict())
     fuse(fresh)
-    for other in (copied, fresh):
+    for other in (copied, fresh, pickle.loads(pickle.dumps(model))):
         assert all(torch.equal(a, b) for a, b in zip(other(x), want, strict=True))
+
+
+def test_what_a_fused_model_is_and_shows_stays():
+    model, _ = images()
+    shown = repr(model)
+    fuse(model)
+    assert repr(model) == shown
+    assert all(isinstance(step, FlowStep) for step in model.steps)
+
+
+def strange(name, module, **members):
+    """A module that says it is a library's layer."""
+    return type(name, (nn.Module,), {"__module__": module, **members})()
+
+
+def fails(self, *_):
+    raise LookupError("something about this layer")
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    (
+        (strange("ActNorm", "normflows.flows.normalization"), "AttributeError"),
+        (strange("AffineCoupling", "normflows.flows", scale=True, scale_map=[]), "TypeError"),
+        (strange("AffineCouplingBlock", "normflows.flows", flows=()), "its parts are"),
+        (strange("ActNorm", "nflows.transforms", log_scale=torch.zeros(2)), "NotImplementedError"),
+        (strange("GeneralCouplingTransform", "zuko.flows", univariate=fails), "not affine"),
+        (strange("ActNorm", "FrEIA.modules", forward=fails), "its parameters are"),
+        (strange("AllInOneBlock", "FrEIA.modules", GIN=property(fails)), "LookupError"),
+        (strange("GLOWCouplingBlock", "FrEIA.modules", clamp="2"), "its clamp is '2'"),
+        (strange("CouplingLayer", "flow_ssl.realnvp", mask=None), "NoneType"),
+        (strange("FlowStep", "hybridflow.flow.coupling"), "AttributeError"),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_strange_layer_is_left_with_a_reason(layer, reason):
+    model = nn.Sequential(layer)
+    report = fuse(model)
+    assert not report.swapped
+    assert reason in report.left["0"]
+    assert type(model[0]) is type(layer)
+
+
+def test_modules_that_are_no_flow_layers_are_not_reported():
+    report = fuse(nn.Sequential(nn.Linear(2, 2), strange("ActNorm", "elsewhere.flows")))
+    assert not report.swapped
+    assert not report.left
+
+
+def test_fuse_imports_no_other_library():
+    code = (
+        "import sys, torch\n"
+        "from hybridflow.flow.coupling import FlowStep, dense_conditioner\n"
+        "from hybridflow.kernels import fuse\n"
+        "assert fuse(FlowStep(2, dense_conditioner(1, 8, 2))).swapped\n"
+        "print([n for n in ('normflows', 'nflows', 'zuko', 'FrEIA', 'flow_ssl') if n in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_without_the_library_fuse_says_so_and_changes_nothing(monkeypatch, tmp_path):
