@@ -63,7 +63,9 @@ def _as(grad: Tensor | None, v: Tensor | None) -> Tensor | None:
 
 def _refuse(index: Tensor | None) -> ValueError:
     given = [] if index is None else index.tolist()
-    return ValueError(f"index: got {given}, want a permutation of the channels 0 to {len(given) - 1}")
+    return ValueError(
+        f"index: got {given}, want a permutation of the channels 0 to {len(given) - 1}"
+    )
 
 
 def identity(
@@ -101,7 +103,16 @@ def identity_backward(
     samples, kept, *positions = _sizes(a)
     accepted = native.load().accepts(
         "actnorm_identity_backward",
-        *(grad.to(a.dtype), a, _float(log_scale), _float(bias), index, grad_x, grad_log_scale, grad_bias),
+        *(
+            grad.to(a.dtype),
+            a,
+            _float(log_scale),
+            _float(bias),
+            index,
+            grad_x,
+            grad_log_scale,
+            grad_bias,
+        ),
         *(_TYPES[a.dtype], samples, kept + moved, *positions),
         *(moved, int(flip), int(form.norm_shift_first)),
     )
@@ -154,7 +165,14 @@ def gradients(
     grads = [_gradient_of(v) for v in vectors]
     accepted = native.load().accepts(
         "actnorm_coupling_backward",
-        *(grad_out.to(out.dtype), _float(grad_log_det), out, params, *(_float(v) for v in vectors), index),
+        *(
+            grad_out.to(out.dtype),
+            _float(grad_log_det),
+            out,
+            params,
+            *(_float(v) for v in vectors),
+            index,
+        ),
         *(grad_x, grad_params, *grads),
         *(_TYPES[out.dtype], 0 if params is None else _TYPES[params.dtype], *_sizes(out)),
         *(0 if params is None else params.shape[1] // 2, int(flip), int(inverse)),

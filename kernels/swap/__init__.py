@@ -19,7 +19,7 @@ from ._fused import Fused, Recogniser, dress, forget, original_class
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 _FILES = {
-    "hybridflow.flow": "flow_step",
+    "hybridflow.flow": "hybridflow",
     "normflows.flows": "normflows",
     "nflows.transforms": "nflows",
     "zuko.flows": "zuko",
@@ -47,14 +47,14 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, constant_memory: bool = False) -> FuseReport:
     """Swap fused implementations in for the flow layers of a model, in place.
 
-    Known are `hybridflow.flow.FlowStep` and the actnorms and affine couplings of normflows, nflows,
-    zuko, FrEIA and FlowGMM. A swap changes a module's class and nothing else: parameters, state_dict
-    keys, hooks, device, signatures and what is returned stay, the new class is a subclass of the old
-    one, copies and pickles work, and `unfuse` restores the model. Fusing twice is harmless. Log-dets
-    are float32 at least.
+    Known are hybridflow's `FlowStep`, `GaussianMixture` and `LogitTransform`, and the actnorms and
+    affine couplings of normflows, nflows, zuko, FrEIA and FlowGMM. A swap changes a module's class
+    and nothing else: parameters, state_dict keys, hooks, device, signatures and what is returned
+    stay, the new class is a subclass of the old one, copies and pickles work, and `unfuse` restores
+    the model. Fusing twice is harmless. Log-dets are float32 at least.
 
     Each layer is tried out before it is swapped, in float64 and with a stand-in for its network: one
     that does not compute what its fused form computes is left alone, whatever its version says. So is
@@ -64,6 +64,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Args:
         model: any module that contains such layers, or is one.
+        constant_memory: whether a `StepChain` keeps for its backward the activations of one step
+            instead of all; each conditioner then runs once more (see `coupling_chain`).
 
     Returns:
         A report; print it.
@@ -78,7 +80,7 @@ def fuse(model: nn.Module) -> FuseReport:
     for name, module in list(model.named_modules()):
         if module in covered:
             continue
-        verdict = _verdict(module)
+        verdict = _verdict(module, constant_memory)
         if verdict is None:
             continue
         if isinstance(verdict, str):
@@ -100,12 +102,12 @@ def unfuse(model: nn.Module) -> None:
             forget(module)
 
 
-def _verdict(module: nn.Module) -> type[Fused] | str | None:
+def _verdict(module: nn.Module, constant_memory: bool) -> type[Fused] | str | None:
     """The fused form of a module, or why it has none; None if it is no layer that is known."""
     if isinstance(module, Fused):
         return module.form_class
     for cls in type(module).__mro__:
-        entry = _layers(cls).get(cls.__name__)
+        entry = _layers(cls, constant_memory).get(cls.__name__)
         if entry is None:
             continue
         if cls is not type(module):
@@ -114,10 +116,11 @@ def _verdict(module: nn.Module) -> type[Fused] | str | None:
     return None
 
 
-def _layers(cls: type) -> Mapping[str, Recogniser | str]:
+def _layers(cls: type, constant_memory: bool) -> Mapping[str, Recogniser | str]:
     for package, file in _FILES.items():
         if f"{cls.__module__}.".startswith(f"{package}."):
-            return importlib.import_module(f".{file}", __package__).LAYERS
+            known = importlib.import_module(f".{file}", __package__)
+            return known.LAYERS | (getattr(known, "CONSTANT_MEMORY", {}) if constant_memory else {})
     return {}
 
 

@@ -27,9 +27,7 @@ def make_steps(count=4, norm=True, index=None, dtype=torch.float64):
         vectors = (vector(SIZE), vector(SIZE)) if norm else (None, None)
         form = CouplingForm("tanh" if i % 2 else "atan", shift_first=i == 2)
         flip = index is None and i % 2 == 1
-        steps.append(
-            ChainStep(net, TRANSFORMED, *vectors, vector(TRANSFORMED), form, flip, index)
-        )
+        steps.append(ChainStep(net, TRANSFORMED, *vectors, vector(TRANSFORMED), form, flip, index))
     return steps
 
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from hybridflow.flow import MixtureFlow
 from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_conditioner
+from hybridflow.flow.multiscale import MultiScaleFlow, StepChain
+from hybridflow.flow.prior import GaussianMixture
 from hybridflow.kernels import _backend, fuse, native, unfuse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing())
@@ -267,3 +270,83 @@ def test_memory_of_the_fused_step_holds_one_activation_less():
         model.steps[1](x)
     assert middle[0] not in kept
     assert _backend.choose(x) == "native"
+
+
+# --- the whole of hybridflow's model, and chains that keep the activations of one step ------------
+
+
+def whole_model(dtype=torch.float32):
+    flow = MultiScaleFlow((1, 8, 8), scales=1, couplings=4, hidden=6, last_hidden=8)
+    model = randomised(MixtureFlow(flow, classes=3, logit=True), dtype)
+    return model, torch.rand(5, 1, 8, 8, dtype=dtype)
+
+
+def likelihood(model, x):
+    x = x.clone().requires_grad_()
+    joint = model.joint_log_prob(x)
+    z = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(5, -1).requires_grad_()
+    drawn = model.inverse(z, z[:, :0])
+    parameters = list(model.parameters())
+    weights = torch.linspace(-1, 1, joint.numel(), dtype=x.dtype).view_as(joint)
+    grads = torch.autograd.grad((weights * joint).sum() + drawn.sum(), [x, z, *parameters])
+    return [joint, drawn, *grads]
+
+
+@pytest.mark.parametrize("constant_memory", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_the_whole_model_gives_the_same_in_both_directions(constant_memory, dtype):
+    model, x = whole_model(dtype)
+    exact = likelihood(copy.deepcopy(model).double(), x.double())
+    plain = likelihood(model, x)
+    report = fuse(model, constant_memory=constant_memory)
+    assert not report.left
+    chains = [n for n in report.swapped.values() if n.endswith("StepChain")]
+    assert len(chains) == (1 if constant_memory else 0)
+    eps = torch.finfo(dtype).eps
+    for got, want, true in zip(likelihood(model, x), plain, exact, strict=True):
+        allowed = 4 * (want - true).abs().max() + 200 * eps * true.abs().max()
+        assert (got - true).abs().max() <= allowed
+    unfuse(model)
+    assert all(torch.equal(a, b) for a, b in zip(likelihood(model, x), plain, strict=True))
+
+
+def test_what_48_couplings_keep_is_what_8_do():
+    def kept(couplings):
+        flow = StepChain(
+            FlowStep(4, conv_conditioner(2, 8, 4), flip=bool(i % 2)) for i in range(couplings)
+        )
+        fuse(flow, constant_memory=True)
+        parameters = {p.data_ptr() for p in flow.parameters()}
+        seen = {}
+
+        def pack(t):
+            if t.data_ptr() not in parameters:
+                seen[t.data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            flow(torch.randn(6, 4, 8, 8, requires_grad=True))
+        return sum(seen.values())
+
+    assert kept(48) == kept(8) == 4 * 6 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    "part", (nn.Dropout(0.1), nn.BatchNorm2d(2)), ids=lambda m: type(m).__name__
+)
+def test_a_chain_whose_conditioner_is_not_the_same_twice_is_left(part):
+    net = conv_conditioner(2, 8, 4)
+    chain = StepChain([FlowStep(4, nn.Sequential(part, net))])
+    report = fuse(chain, constant_memory=True)
+    assert type(part).__name__ in report.left[""]
+    assert type(chain) is StepChain
+
+
+def test_a_changed_mixture_is_left():
+    class Wider(GaussianMixture):
+        def log_prior(self):
+            return super().log_prior() + 1
+
+    model, _ = whole_model()
+    model.prior = Wider(3, model.prior.means.shape[1])
+    assert "a subclass of GaussianMixture" in fuse(model).left["prior"]
