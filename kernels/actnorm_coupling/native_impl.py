@@ -36,36 +36,42 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int]:
     """Samples, channels, and the numbers of positions outside and inside the channels' dimension."""
     samples, channels, *spatial = x.shape
     positions = math.prod(spatial)
-    outer, inner = (1, positions) if x.is_contiguous() else (positions, 1)
-    return samples, channels, outer, inner
+    around = (1, positions) if x.is_contiguous() else (positions, 1)
+    return samples, channels, *around
 
 
 def _new(like: Tensor, channels: int) -> Tensor:
     """Memory in the type and format of `like` for so many channels."""
     shape = (like.shape[0], channels, *like.shape[2:])
     if like.is_contiguous():
-        return torch.empty(shape, dtype=like.dtype)
+        return like.new_empty(shape)
     return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 
 
+def _in(dtype: torch.dtype, v: Tensor) -> Tensor:
+    return v if v.dtype == dtype else v.to(dtype)
+
+
 def _float(v: Tensor | None) -> Tensor | None:
-    return v if v is None or v.dtype == torch.float32 else v.float()
+    return None if v is None else _in(torch.float32, v)
 
 
 def _gradient_of(v: Tensor | None) -> Tensor | None:
-    return None if v is None else torch.empty(v.shape, dtype=torch.float32)
+    """Memory for the gradient of a per-channel parameter: float32, until `_as`."""
+    if v is None or v.dtype == torch.float32:
+        return None if v is None else torch.empty_like(v)
+    return torch.empty_like(v, dtype=torch.float32)
 
 
 def _as(grad: Tensor | None, v: Tensor | None) -> Tensor | None:
     """A gradient in the type of its operand."""
-    return grad if grad is None or v is None or v.dtype == torch.float32 else grad.to(v.dtype)
+    return grad if grad is None or v is None else _in(v.dtype, grad)
 
 
 def _refuse(index: Tensor | None) -> ValueError:
     given = [] if index is None else index.tolist()
-    return ValueError(
-        f"index: got {given}, want a permutation of the channels 0 to {len(given) - 1}"
-    )
+    want = f"a permutation of the channels 0 to {len(given) - 1}"
+    return ValueError(f"index: got {given}, want {want}")
 
 
 def identity(
@@ -104,7 +110,7 @@ def identity_backward(
     accepted = native.load().accepts(
         "actnorm_identity_backward",
         *(
-            grad.to(a.dtype),
+            _in(a.dtype, grad),
             a,
             _float(log_scale),
             _float(bias),
@@ -166,7 +172,7 @@ def gradients(
     accepted = native.load().accepts(
         "actnorm_coupling_backward",
         *(
-            grad_out.to(out.dtype),
+            _in(out.dtype, grad_out),
             _float(grad_log_det),
             out,
             params,

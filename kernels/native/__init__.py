@@ -40,7 +40,7 @@ class Library:
             isa for isa in INSTRUCTION_SETS if self._dll.hybridflow_runs(isa.encode())
         )
         self.isa = self.supported[0]
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, str], tuple[Any, list[bool]]] = {}
 
     @contextmanager
     def using(self, isa: str) -> Iterator[None]:
@@ -63,13 +63,18 @@ class Library:
         return self._run(name, arguments) != 0
 
     def _run(self, name: str, arguments: tuple[Tensor | int | float | None, ...]) -> int:
-        function = self._functions.get((self.isa, name))
-        if function is None:
+        known = self._functions.get((self.isa, name))
+        if known is None:
+            # What each argument is holds for every call; said once, ctypes converts faster.
             function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
-            # Of which type each argument is holds for every call; said once, ctypes converts faster.
             function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
-            self._functions[self.isa, name] = function
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            known = function, [c is ctypes.c_void_p for c in function.argtypes[:-1]]
+            self._functions[self.isa, name] = known
+        function, pointers = known
+        values = [
+            a.data_ptr() if is_pointer and a is not None else a  # type: ignore[union-attr]
+            for a, is_pointer in zip(arguments, pointers, strict=True)
+        ]
         return function(*values, torch.get_num_threads())
 
 
