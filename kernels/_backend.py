@@ -46,10 +46,12 @@ def choose(*tensors: Tensor | None) -> Backend:
     """
     if _forced is not None:
         return _forced
-    given = [t for t in tensors if t is not None]
-    device = given[0].device.type
+    device = next(t for t in tensors if t is not None).device.type
     if device == "cuda" and _has_triton():
         return "triton"
-    if device == "cpu" and all(t.dtype != torch.float64 for t in given) and native.available():
-        return "native"
-    return "reference"
+    if device != "cpu" or not native.available():
+        return "reference"
+    for t in tensors:
+        if t is not None and t.dtype is torch.float64:
+            return "reference"
+    return "native"

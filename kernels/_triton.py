@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "launch", "recording"]
+__all__ = ["Launch", "for_amd", "launch", "recording"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: positional arguments, then constexprs and launch options by name."""
+    """One kernel launch: positional arguments, then constexprs and launch options by name.
+
+    `num_warps` counts warps of 32 threads, whatever the chip: tiles are cut for that many threads.
+    """
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -34,6 +37,14 @@ def recording() -> Iterator[list[Launch]]:
         _record = before
 
 
+def for_amd(options: dict[str, Any]) -> dict[str, Any]:
+    """Launch options for AMD's data-centre chips: warps of 64 threads, no limit on registers."""
+    kept = {name: value for name, value in options.items() if name != "maxnreg"}
+    if "num_warps" in kept:
+        kept["num_warps"] = max(1, kept["num_warps"] // 2)
+    return kept
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch on the device of the first argument. An empty grid launches nothing."""
     # Named because its default changes in Triton 3.10, and with it the last bits of every result.
@@ -43,4 +54,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     elif 0 not in grid:
         first: Tensor = arguments[0]
         with torch.cuda.device_of(first):
-            kernel[grid](*arguments, **options)
+            kernel[grid](*arguments, **(for_amd(options) if torch.version.hip else options))

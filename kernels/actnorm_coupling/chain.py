@@ -154,14 +154,15 @@ def _undo(
     grad_a, *grad_weights = torch.autograd.grad(params, (a, *trained), grad_params)
 
     own = [g if v is not None else None for g, v in zip(grad_vectors, step.vectors(), strict=True)]
-    if inverse or step.log_scale is None or step.bias is None:
-        kept, moved = reference.split(grad_x, step.transformed, step.index, step.flip)
-        grad_x = reference.merge(kept + grad_a, moved, step.index, step.flip)
-    else:  # the conditioner read what actnorm made of the input
+    if not inverse and step.log_scale is not None and step.bias is not None:
+        # The conditioner read what actnorm made of the input.
         vectors = (step.log_scale, step.bias, step.index, step.transformed)
-        through = op.identity_backward_operator(grad_a, a.detach(), *vectors, *step.choices())
-        grad_x = grad_x + through[0]
-        own[:2] = (grad_vectors[0] + through[1], grad_vectors[1] + through[2])
+        grad_a, *through = op.identity_backward_operator(
+            grad_a, a.detach(), *vectors, *step.choices()
+        )
+        own[:2] = (grad_vectors[0] + through[0], grad_vectors[1] + through[1])
+    kept, moved = reference.split(grad_x, step.transformed, step.index, step.flip)
+    grad_x = reference.merge(kept + grad_a, moved, step.index, step.flip)
     found = iter(grad_weights)
     own += [next(found) if w.requires_grad else None for w in weights]
     return x, grad_x, own

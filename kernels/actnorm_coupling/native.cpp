@@ -783,7 +783,7 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity)
 
 // As reference.identity_backward.
 HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
-(void* grad, void* a, const float* log_scale, const float* bias, const int64_t* index, void* grad_x,
+(void* grad, void* a, const float* log_scale, const float* bias, const int64_t* index, void* grad_kept,
  float* grad_log_scale, float* grad_bias, int64_t x_type, int64_t samples, int64_t channels,
  int64_t outer, int64_t inner, int64_t moved, int64_t flip, int64_t norm_shift_first,
  int64_t threads) {
@@ -794,8 +794,7 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
   const Part& kept = split.kept;
   const Columns columns{kept.channels, 0, 1, nullptr};
   const Array from_out{a, x_type, inner, columns}, from_grad{grad, x_type, inner, columns};
-  const Array to{grad_x, x_type, inner, kept.columns};
-  const Array zeros{grad_x, x_type, inner, split.moved.columns};
+  const Array to{grad_kept, x_type, inner, columns};
   const Chunks chunks(shape);
   const Sums sums(shape, chunks);
   for_each_item(
@@ -803,13 +802,7 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
       [&](const Block& block, int64_t chunk, int64_t first, int64_t end) {
         gradients_kept(shape, kept, block, chunk, first, end, norm, from_out, from_grad, to, sums);
       },
-      [&](const Block& block, int64_t chunk, int64_t first, int64_t end) {
-        Buffer<float> buffer;
-        block.for_each_tile(first * outer, end * outer, [&](const Tile& tile) {
-          float* gx = target(zeros, tile, buffer);
-          fill(0.0f, tile.count(), gx);
-          store(zeros, tile, gx);
-        });
+      [&](const Block& block, int64_t chunk, int64_t, int64_t) {
         for (int64_t j = 0; j < block.channels; ++j) {
           const int64_t channel = split.moved.columns[block.channel + j];
           sums.at(chunk, kLogScale)[channel] = sums.at(chunk, kBias)[channel] = 0.0f;

@@ -104,7 +104,7 @@ def identity_backward(
     form: CouplingForm,
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = _new(a, log_scale.shape[0])
+    grad_kept = torch.empty_like(a)
     grad_log_scale, grad_bias = _gradient_of(log_scale), _gradient_of(bias)
     samples, kept, *positions = _sizes(a)
     accepted = native.load().accepts(
@@ -115,7 +115,7 @@ def identity_backward(
             _float(log_scale),
             _float(bias),
             index,
-            grad_x,
+            grad_kept,
             grad_log_scale,
             grad_bias,
         ),
@@ -124,7 +124,7 @@ def identity_backward(
     )
     if not accepted:
         raise _refuse(index)
-    return grad_x, _as(grad_log_scale, log_scale), _as(grad_bias, bias)  # type: ignore[return-value]
+    return grad_kept, _as(grad_log_scale, log_scale), _as(grad_bias, bias)  # type: ignore[return-value]
 
 
 def map(

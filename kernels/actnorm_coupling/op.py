@@ -29,8 +29,8 @@ def _implementation(*tensors: Tensor | None) -> ModuleType:
 
 def _is_channels_last(x: Tensor) -> bool:
     return (
-        x.dim() == 4
-        and not x.is_contiguous()
+        not x.is_contiguous()
+        and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -42,8 +42,8 @@ def _arranged(x: Tensor, like: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _vectors(*values: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if v is None else v.contiguous() for v in values)
+def _vectors(*values: Tensor | None) -> list[Any]:
+    return [None if v is None else v.contiguous() for v in values]
 
 
 # --- bodies: arranged operands to the implementation that fits them ------------------------------
@@ -151,7 +151,7 @@ def _identity_backward_fake(
     moved: int,
     *choices: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new(a, log_scale.shape[0]), _flat(log_scale), _flat(bias)
+    return _new(a, a.shape[1]), _flat(log_scale), _flat(bias)
 
 
 def _flat(v: Tensor | None, otherwise: Tensor | None = None) -> Tensor:
@@ -213,8 +213,80 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = identity_backward_operator(grad, *ctx.saved_tensors, *ctx.choices)
-        return *grads, None, *(None for _ in ctx.choices)
+        *saved, index = ctx.saved_tensors
+        moved, _, flip = ctx.choices
+        grad_a, *grads = identity_backward_operator(grad, *saved, index, *ctx.choices)
+        nothing = _new(grad_a, moved).zero_()
+        grad_x = reference.merge(grad_a, nothing, index, flip)
+        return grad_x, *grads, None, *(None for _ in ctx.choices)
+
+
+class _Tap(torch.autograd.Function):
+    """The conditioner's input a, and x again for the coupling, which has to be its only user.
+
+    The two gradients are then known together, and neither a zero-padded one nor a sum of two whole
+    ones is formed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_scale: Tensor | None,
+        bias: Tensor | None,
+        index: Tensor | None,
+        moved: int,
+        form: str,
+        flip: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        if log_scale is None or bias is None:
+            a = reference.split(x, moved, index, flip)[0]
+            ctx.save_for_backward(index)
+        else:
+            a = identity_operator(x, log_scale, bias, index, moved, form, flip)
+            ctx.save_for_backward(index, a, log_scale, bias)
+        ctx.shape, ctx.choices = x.shape, (moved, form, flip)
+        return a, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_a: Tensor | None, grad_x: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        index, *saved = ctx.saved_tensors
+        moved, _, flip = ctx.choices
+        if grad_a is None:
+            return grad_x, *(None,) * 6
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if saved:
+            grad_a, *grads = identity_backward_operator(grad_a, *saved, index, *ctx.choices)
+        if grad_x is None:
+            grad_x = grad_a.new_zeros(ctx.shape)
+        # Written to in place: it comes from the coupling's backward, and nobody else has seen it.
+        if index is not None:
+            grad_x.index_add_(1, index[: grad_a.shape[1]], grad_a)
+        else:
+            grad_x.narrow(1, moved if flip else 0, grad_a.shape[1]).add_(grad_a)
+        return grad_x, *grads, *(None,) * 4
+
+
+def tap(
+    x: Tensor,
+    moved: int,
+    log_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    form: CouplingForm = PLAIN,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The conditioner's input, and x as `apply` is then given it, with a cheaper backward than that
+    of taking the first out of x."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if log_scale is None or bias is None:
+            return reference.split(x, moved, index, flip)[0], x
+        return _Identity.apply(x, log_scale, bias, index, moved, form.key, flip), x
+    return _Tap.apply(x, log_scale, bias, index, moved, form.key, flip)
 
 
 class _Coupling(torch.autograd.Function):

@@ -86,8 +86,10 @@ def _affine_backward(
     return scaled * (-s).exp(), grad_v, sign * grad * scaled, sign * grad
 
 
-def _raw_and_shift(params: Tensor, form: CouplingForm) -> tuple[Tensor, Tensor]:
-    params = form.factor * _wide(params) if form.factor != 1 else _wide(params)
+def _raw_and_shift(params: Tensor, x: Tensor, form: CouplingForm) -> tuple[Tensor, Tensor]:
+    params = params.to(accumulate_dtype(x))
+    if form.factor != 1:
+        params = form.factor * params
     if form.interleaved:
         first, second = params[:, 0::2], params[:, 1::2]
     else:
@@ -168,16 +170,16 @@ def identity_backward(
     form: CouplingForm,
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, log_scale and bias from the gradient of `identity`'s output a."""
+    """Gradients of x's identity part (B, C - moved, *spatial), of log_scale and of bias from the
+    gradient of `identity`'s output a. Those of the other part are zero."""
     lam, b = (split(_wide(v), moved, index, flip)[0] for v in (log_scale, bias))
     _, grad_kept, grad_lam, grad_b = _affine_backward(
         *(_wide(a), _wide(grad), _per_channel(lam, a), _per_channel(b, a)),
         *(False, form.norm_shift_first),
     )
-    nothing = grad_kept.new_zeros(a.shape[0], moved, *a.shape[2:])
-    none = nothing.new_zeros(moved)
+    none = grad_kept.new_zeros(moved)
     return (
-        _like(merge(grad_kept, nothing, index, flip), a),
+        _like(grad_kept, a),
         merge(_channel_sum(grad_lam), none, index, flip).to(log_scale.dtype),
         merge(_channel_sum(grad_b), none, index, flip).to(bias.dtype),
     )
@@ -203,7 +205,7 @@ def map(
     if not inverse:
         v = _actnorm(v, log_scale, bias, form, inverse)
     if params is not None:
-        raw, t = _raw_and_shift(params, form)
+        raw, t = _raw_and_shift(params, x, form)
         s = _squash(raw, form)
         if gain is not None:
             s = _per_channel(gain, x) * s
@@ -256,7 +258,7 @@ def gradients(
     if inverse:
         v, g = norm_backward(v, g)
     if params is not None:
-        raw, t = _raw_and_shift(params, form)
+        raw, t = _raw_and_shift(params, out, form)
         f, slope = _squash(raw, form), _squash_derivative(raw, form)
         bound = None if gain is None else _per_channel(gain, out)
         s = f if bound is None else bound * f

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..actnorm_coupling import CouplingForm
 from ..actnorm_coupling.form import Scale
-from ..actnorm_coupling.op import apply
+from ..actnorm_coupling.op import apply, tap
 from ._fused import (
     DIFFERS,
     Conditioner,
@@ -167,10 +167,11 @@ class FusedAffineCouplingOneSided(_Coupling):
         values = x[0]
         if form is None or values.shape[1] != self.split_len1 + self.split_len2:
             return self._plain(x, c, rev, jac)
-        params = self.subnet(self._with(values[:, : self.split_len1], c))
+        identity, rest = tap(values, self.split_len2)
+        params = self.subnet(self._with(identity, c))
         if not fits(params, values, 2 * self.split_len2):
             return self._plain(x, c, rev, jac)
-        out, log_det = apply(promoted(values, params), params, form=form, inverse=bool(rev))
+        out, log_det = apply(promoted(rest, params), params, form=form, inverse=bool(rev))
         return (out,), log_det
 
 

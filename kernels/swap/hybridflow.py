@@ -8,9 +8,9 @@ from ..actnorm_coupling import (
     ChainStep,
     actnorm_coupling,
     actnorm_coupling_inverse,
-    actnorm_identity,
     coupling_chain,
 )
+from ..actnorm_coupling.op import tap
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial
@@ -33,29 +33,16 @@ class FusedFlowStep(Fused):
 
     def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        a = actnorm_identity(x, norm.log_scale, norm.bias, flip=coupling.flip)
-        return actnorm_coupling(
-            x,
-            coupling.conditioner(a),
-            norm.log_scale,
-            norm.bias,
-            coupling.gain,
-            log_det,
-            flip=coupling.flip,
-        )
+        moved, vectors = coupling.channels // 2, (norm.log_scale, norm.bias)
+        a, x = tap(x, moved, *vectors, flip=coupling.flip)
+        operands = (coupling.conditioner(a), *vectors, coupling.gain, log_det)
+        return actnorm_coupling(x, *operands, flip=coupling.flip)
 
     def inverse(self, y: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        identity, _ = coupling.split(y)
-        return actnorm_coupling_inverse(
-            y,
-            coupling.conditioner(identity),
-            norm.log_scale,
-            norm.bias,
-            coupling.gain,
-            log_det,
-            flip=coupling.flip,
-        )
+        a, y = tap(y, coupling.channels // 2, flip=coupling.flip)
+        operands = (norm.log_scale, norm.bias, coupling.gain, log_det)
+        return actnorm_coupling_inverse(y, coupling.conditioner(a), *operands, flip=coupling.flip)
 
 
 class FusedStepChain(Fused):

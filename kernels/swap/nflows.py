@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..actnorm_coupling import CouplingForm
-from ..actnorm_coupling.op import apply
+from ..actnorm_coupling.op import apply, tap
 from ._fused import (
     DIFFERS,
     Conditioner,
@@ -76,11 +76,12 @@ class FusedAffineCouplingTransform(_TwoWay):
         if not fitting or self.unconditional_transform is not None or unfit(inputs):
             return self._plain(inputs, context, inverse)
         sources = self.identity_features, self.transform_features
-        params = self.transform_net(inputs.index_select(1, sources[0]), context)
+        index = remembered(self, "index", sources, _joined)
+        identity, rest = tap(inputs, len(sources[1]), index=index)
+        params = self.transform_net(identity, context)
         if not fits(params, inputs, 2 * len(sources[1])):
             return self._plain(inputs, context, inverse)
-        index = remembered(self, "index", sources, _joined)
-        x = promoted(inputs, params)
+        x = promoted(rest, params)
         outputs, log_det = apply(x, params, index=index, form=_FORM, inverse=inverse)
         return outputs.to(inputs.dtype), log_det
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..actnorm_coupling import CouplingForm
-from ..actnorm_coupling.op import apply
+from ..actnorm_coupling.op import apply, tap
 from ._fused import (
     DIFFERS,
     Conditioner,
@@ -127,10 +127,11 @@ class FusedAffineCouplingBlock(_TwoWay):
         flip = split.mode == "channel_inv"
         first = (z.shape[1] + 1) // 2
         moved = first if flip else z.shape[1] - first
-        param = coupling.param_map(z[:, first:] if flip else z[:, :first])
+        z1, rest = tap(z, moved, flip=flip)
+        param = coupling.param_map(z1)
         if not fits(param, z, 2 * moved):
             return self._plain(z, inverse)
-        return apply(promoted(z, param), param, form=form, flip=flip, inverse=inverse)
+        return apply(promoted(rest, param), param, form=form, flip=flip, inverse=inverse)
 
 
 class FusedMaskedAffineFlow(_TwoWay):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import Transform, _InverseTransform
 
 from ..actnorm_coupling import CouplingForm
-from ..actnorm_coupling.op import apply
+from ..actnorm_coupling.op import apply, tap
 from ._fused import (
     DIFFERS,
     Conditioner,
@@ -89,16 +89,17 @@ class _Coupling(Transform):
         """Result and log-det, or None where the original has to run."""
         if unfit(x) or x.dim() < 1 or x.shape[-1] != len(self._index):
             return None
-        a, c = x[..., self.idx_a], self._context
+        rows = x.reshape(-1, x.shape[-1])
+        a, rows = tap(rows, len(self.idx_b), index=self._index)
+        a, c = a.view(*x.shape[:-1], a.shape[-1]), self._context
         if c is not None:
             batch = torch.broadcast_shapes(a.shape[:-1], c.shape[:-1])
             a = torch.cat((a.expand(*batch, -1), c.expand(*batch, -1)), dim=-1)
         params = self._layer.hyper(a)
         if params.shape != (*x.shape[:-1], 2 * len(self.idx_b)):
             return None
-        rows = promoted(x, params).reshape(-1, x.shape[-1])
         params = params.reshape(-1, params.shape[-1])
-        y, ladj = apply(rows, params, index=self._index, form=self._form, inverse=inverse)
+        y, ladj = apply(promoted(rows, params), params, index=self._index, form=self._form, inverse=inverse)
         return y.to(x.dtype).view(x.shape), ladj.view(x.shape[:-1])
 
 
