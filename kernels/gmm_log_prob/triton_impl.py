@@ -223,7 +223,8 @@ def _finish_kernel(
 _WARPS = 8
 _ROW_WARPS = 4
 _LARGEST_CLASSES = 16  # classes of a tile
-_TILE = 4096  # elements of a tile: 16 registers of a thread
+_TILE = 2048  # elements of a tile: eight of a thread
+_SUM_TILE = 1024  # the same beside sums over samples: AMD's chips have few scalar registers
 _ROW_TILE = 1024  # elements of a tile of whole rows of the joint
 _FINISH_BLOCK = 128  # columns of a program of the second stage
 _FINISH_TILE = 2048  # elements that it adds at once
@@ -241,10 +242,10 @@ class _Plan(NamedTuple):
     groups: int  # such programs along the samples
 
 
-def _plan(samples: int, size: int, classes: int) -> _Plan:
+def _plan(samples: int, size: int, classes: int, tile: int) -> _Plan:
     tile_classes = min(triton.next_power_of_2(classes), _LARGEST_CLASSES)
-    block = min(triton.next_power_of_2(size), _TILE // tile_classes, 512)
-    rows = max(1, min(_TILE // (tile_classes * block), 64))
+    block = min(triton.next_power_of_2(size), tile // tile_classes, 512)
+    rows = max(1, min(tile // (tile_classes * block), 64))
     tiles = triton.cdiv(samples, rows)
     wanted = triton.cdiv(_PROGRAMS, triton.cdiv(size, block) * triton.cdiv(classes, tile_classes))
     least = triton.cdiv(classes, rows)  # so that partial sums take no more memory than z
@@ -285,7 +286,7 @@ def forward(
     z: Tensor, means: Tensor, log_prior: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     samples, classes, dtype = z.shape[0], means.shape[0], accumulate_dtype(z)
-    plan = _plan(samples, z.shape[1], classes)
+    plan = _plan(samples, z.shape[1], classes, _TILE)
     joint = z.new_empty(samples, classes, dtype=dtype)
     log_prob, posterior = z.new_empty(samples, dtype=dtype), torch.empty_like(joint)
     launch(
@@ -312,30 +313,33 @@ def backward(
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     samples, size, classes = *z.shape, means.shape[0]
-    plan = _plan(samples, size, classes)
-    tile, blocks = _tile(z, means, plan), triton.cdiv(size, plan.block)
+    plan = _plan(samples, size, classes, _SUM_TILE)
+    tile = _tile(z, means, plan)
     grad_z = torch.empty_like(z)
     given: tuple[Tensor | None, ...]
     if plan.whole:
         given = (grad_joint, grad_log_prob, grad_posterior, posterior, labels, grad_z)
     else:
         total = _total(grad_joint, grad_log_prob, grad_posterior, z, means, posterior, labels)
-        grid = (triton.cdiv(samples, plan.rows), blocks)
-        launch(_grad_z_kernel, grid, z, means, total, grad_z, samples, **tile)
+        wide = _plan(samples, size, classes, _TILE)
+        grid = (triton.cdiv(samples, wide.rows), triton.cdiv(size, wide.block))
+        constants = _tile(z, means, wide)
+        launch(_grad_z_kernel, grid, z, means, total, grad_z, samples, **constants)
         given = (total, None, None, None, None, None)
     partials = posterior.new_empty(plan.groups, classes * size)
     prior_partials = posterior.new_empty(plan.groups, classes)
+    programs = plan.groups, triton.cdiv(size, plan.block), triton.cdiv(classes, plan.classes)
     launch(
-        *(_means_kernel, (plan.groups, blocks, triton.cdiv(classes, plan.classes)), z, means),
-        *(*given, partials, prior_partials, samples, plan.iterations),
+        *(_means_kernel, programs, z, means, *given),
+        *(partials, prior_partials, samples, plan.iterations),
         **tile,
     )
     grad_means, grad_log_prior = torch.empty_like(means), torch.empty_like(log_prior)
     block = min(triton.next_power_of_2(classes * size), _FINISH_BLOCK)
-    programs = triton.cdiv(classes * size, block) + triton.cdiv(classes, block)
+    finishing = triton.cdiv(classes * size, block) + triton.cdiv(classes, block)
     sums = (partials, prior_partials, grad_means, grad_log_prior, plan.groups)
     launch(
-        *(_finish_kernel, (programs,), *sums),
+        *(_finish_kernel, (finishing,), *sums),
         **{k: tile[k] for k in ("D", "K", "ACC", "num_warps")},
         BLOCK=block,
         GROUPS=_FINISH_TILE // block,

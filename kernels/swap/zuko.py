@@ -99,7 +99,9 @@ class _Coupling(Transform):
         if params.shape != (*x.shape[:-1], 2 * len(self.idx_b)):
             return None
         params = params.reshape(-1, params.shape[-1])
-        y, ladj = apply(promoted(rows, params), params, index=self._index, form=self._form, inverse=inverse)
+        y, ladj = apply(
+            promoted(rows, params), params, index=self._index, form=self._form, inverse=inverse
+        )
         return y.to(x.dtype).view(x.shape), ladj.view(x.shape[:-1])
 
 
