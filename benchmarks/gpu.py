@@ -1,8 +1,8 @@
 """Everything that needs an NVIDIA GPU, in one command and one results file; see README.md.
 
 The queue is standard library only, so that it starts on a bare machine: whatever needs torch runs
-in processes of its own (`--worker`), each with a time bound, after the install stage has made the
-checkout importable.
+in processes of its own (`gpu_workers.py`, pytest, the suites), each with a time bound, after the
+install stage has made the checkout importable.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import contextlib
 import csv
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -28,15 +26,12 @@ import time
 import tomllib
 import traceback
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from statistics import median
+from typing import Any
 
 __all__ = ["main"]
 
@@ -46,6 +41,7 @@ Report = Callable[[Result], None]
 
 _RESERVE = 8.0  # seconds kept back for stopping processes and writing the results
 _TAIL = 4000  # characters of a failed command's output that are kept
+_SHOWN = 20  # failures of a kind that are
 
 
 # --- the results file and the queue ---------------------------------------------------------------
@@ -80,18 +76,26 @@ class Results:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage needs to know. Paths are absolute."""
+    """What every stage needs to know. Paths are absolute; `rows` is where the suites' results go."""
 
     gpu: Mapping[str, str]
     scratch: Path
     target: Path
+    rows: Path
     wheels: Path | None = None
     data_dir: Path | None = None
 
+    @property
+    def suites(self) -> Path:
+        """Folder of a copy of benchmarks/, importable from there: the checkout's own hybridflow/,
+        which has no kernels/ inside, is not beside it."""
+        return self.scratch / "suites"
+
     def environment(self) -> dict[str, str]:
-        """Environment of the processes: the target first on the path, every cache in scratch."""
+        """Environment of the processes: the target first on the path, every cache in scratch, and
+        a cuBLAS that does the same twice."""
         variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        paths = [str(self.target), variables.get("PYTHONPATH", "")]
+        paths = [str(self.target), str(self.suites), variables.get("PYTHONPATH", "")]
         folders = {
             "CUDA_CACHE_PATH": "cuda",
             "MPLCONFIGDIR": "matplotlib",
@@ -107,6 +111,7 @@ class Context:
             | {name: str(self.scratch / folder) for name, folder in folders.items()}
             | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
             | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+            | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         )
 
 
@@ -249,7 +254,7 @@ def _python(*arguments: str) -> list[str]:
 
 
 def _worker(name: str, *arguments: str) -> list[str]:
-    return _python(str(Path(__file__).resolve()), "--worker", name, *arguments)
+    return _python("-m", "benchmarks.gpu_workers", name, *arguments)
 
 
 # --- stage 1: environment -------------------------------------------------------------------------
@@ -258,7 +263,8 @@ _GPU_FIELDS = (
     *("name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem"),
     *("clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu"),
 )
-_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pytest", "tyro", "pooch")
+_OPTIONAL = ("pytest-benchmark", "pytest-xdist", "normflows", "nflows", "zuko", "FrEIA")
+_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pytest", "tyro", "pooch", *_OPTIONAL)
 
 
 def _output(*command: str) -> str | None:
@@ -351,45 +357,72 @@ def unmet(requirements: Iterable[str], path: Sequence[str]) -> list[str]:
     return names
 
 
+@dataclass
+class Brought:
+    """What came from wheels, what is in none of them, and what went wrong."""
+
+    installed: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    output: str = ""
+
+    def add(self, outcome: Outcome, name: str) -> bool:
+        """Note what went wrong with a command, if anything did; whether it did."""
+        problem = outcome.complaint(name)
+        if problem:
+            self.problems.append(problem)
+            self.output += outcome.output[-_TAIL:]
+        return bool(problem)
+
+
 def install_stage(context: Context, seconds: float, report: Report) -> Result:
     """Requirements from wheels, theirs included, then the checkout: all into the target."""
     deadline = time.monotonic() + seconds
     path = [str(context.target), *sys.path]
+    needed = unmet(project_requirements(CHECKOUT / "pyproject.toml"), path)
+    brought = _bring(needed, context, deadline)
+    if brought.lacking:
+        source = f"not in {context.wheels}" if context.wheels else "no --wheels folder was given"
+        names = ", ".join(sorted({*brought.lacking}))
+        brought.problems.append(f"packages missing, {source}: {names}")
+    optional = _bring(unmet(_OPTIONAL, path), context, deadline)
+    outcome = _pip(context, deadline, "--no-build-isolation", str(_copy_checkout(context)))
+    brought.add(outcome, "pip install of the checkout")
+    native = any(context.target.glob("hybridflow/kernels/native/lib*"))
+    installed = [*brought.installed, *optional.installed]
+    result: Result = {
+        "installed": installed,
+        "lacking": brought.lacking,
+        "optional_lacking": optional.lacking,
+        "native_library": native,
+    }
+    if problems := [*brought.problems, *optional.problems]:
+        return result | _failed("; ".join(problems), brought.output + optional.output)
+    came = ", ".join(installed) or "nothing"
+    library = "with" if native else "without"
+    without = f"; without {', '.join(optional.lacking)}" if optional.lacking else ""
+    summary = f"from wheels: {came}; hybridflow {library} its CPU library{without}"
+    return result | {"status": "passed", "summary": summary}
+
+
+def _bring(todo: list[str], context: Context, deadline: float) -> Brought:
+    """Install packages from the wheels, and what these need."""
+    path = [str(context.target), *sys.path]
     wheels = [*context.wheels.glob("*.whl")] if context.wheels else []
     offered = {canonical(wheel.name.split("-")[0]) for wheel in wheels}
-    installed: list[str] = []
-    lacking: list[str] = []
-    problems: list[str] = []
-    output = ""
-    todo = unmet(project_requirements(CHECKOUT / "pyproject.toml"), path)
+    brought = Brought()
     while todo:
         here = [name for name in todo if name in offered]
-        lacking += [name for name in todo if name not in offered]
+        brought.lacking += [name for name in todo if name not in offered]
         if here:
             outcome = _pip(context, deadline, "--find-links", str(context.wheels), *here)
-            if problem := outcome.complaint(f"pip install of {', '.join(here)}"):
-                problems.append(problem)
-                output += outcome.output[-_TAIL:]
+            if brought.add(outcome, f"pip install of {', '.join(here)}"):
                 break
-        installed += here
+        brought.installed += here
         found = (importlib.metadata.Distribution.discover(name=n, path=path) for n in here)
         needs = [requirement for ds in found for d in ds for requirement in d.requires or ()]
-        todo = sorted({*unmet(needs, path)} - {*installed, *lacking})
-    if lacking:
-        source = f"not in {context.wheels}" if context.wheels else "no --wheels folder was given"
-        problems.append(f"packages missing, {source}: {', '.join(sorted({*lacking}))}")
-    outcome = _pip(context, deadline, "--no-build-isolation", str(_copy_checkout(context)))
-    if problem := outcome.complaint("pip install of the checkout"):
-        problems.append(problem)
-        output += outcome.output[-_TAIL:]
-    native = any(context.target.glob("hybridflow/kernels/native/lib*"))
-    result: Result = {"installed": installed, "lacking": lacking, "native_library": native}
-    if problems:
-        return result | _failed("; ".join(problems), output)
-    brought = ", ".join(installed) or "nothing"
-    library = "with" if native else "without"
-    summary = f"from wheels: {brought}; hybridflow {library} its CPU library"
-    return result | {"status": "passed", "summary": summary}
+        todo = sorted({*unmet(needs, path)} - {*brought.installed, *brought.lacking})
+    return brought
 
 
 def _pip(context: Context, deadline: float, *arguments: str) -> Outcome:
@@ -413,292 +446,103 @@ def _copy_checkout(context: Context) -> Path:
     return copy
 
 
+def _copy_suites(context: Context) -> None:
+    """What the processes of the other stages are made of, and pytest's settings."""
+    ignored = shutil.ignore_patterns("__pycache__", "results")
+    shutil.copytree(CHECKOUT / "benchmarks", context.suites / "benchmarks", ignore=ignored)
+    shutil.copy(CHECKOUT / "pyproject.toml", context.suites)
+
+
 # --- stage 3: kernels -----------------------------------------------------------------------------
 
 
+_CHECKED = ("float32", "bfloat16", "float16")
+
+
 def kernels_stage(context: Context, seconds: float, report: Report) -> Result:
-    """The kernels' tests and, beside them, the op checked in each type."""
+    """The kernels' tests and, beside them, every operation checked in each type."""
     junit = context.scratch / "pytest.xml"
-    parallel = ("-n", "6") if importlib.util.find_spec("xdist") else ()
+    tests, shares = _processes(len(os.sched_getaffinity(0)))
+    xdist = installed_version("pytest-xdist", [str(context.target), *sys.path])
+    parallel = ("-n", str(tests)) if xdist else ()
     pytest = _python(
         *("-m", "pytest", str(CHECKOUT / "tests" / "kernels"), "-q", "--tb=short", *parallel),
         *("-c", str(CHECKOUT / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={junit}"),
     )
-    commands = {"pytest": pytest} | {f"check-{name}": _worker("check", name) for name in _CHECKED}
+    commands = {"pytest": ["env", "OMP_NUM_THREADS=1", *pytest]} | {
+        f"check-{dtype}-{share}": _worker("check", dtype, str(share), str(shares))
+        for dtype in _CHECKED
+        for share in range(shares)
+    }
 
     def result(outcomes: Mapping[str, Outcome]) -> Result:
         checks = [row for name in commands if name != "pytest" for row in outcomes[name].rows]
-        return {"checks": _condensed(checks), "pytest": _test_counts(junit)}
+        counts, failures = _tests(junit)
+        return {"checks": _condensed(checks), "pytest": counts, "failed_tests": failures}
 
     outcomes = run_commands(commands, context, seconds, lambda some: report(result(some)))
     final = result(outcomes)
     checks, counts = final["checks"], final["pytest"]
     problems = [p for name, outcome in outcomes.items() if (p := outcome.complaint(name))]
     if checks["passed"] < checks["run"]:
-        problems.append(f"{checks['run'] - checks['passed']} checks of the op failed")
-    tests = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no report"
-    summary = f"op checks: {checks['passed']} of {checks['run']} passed; tests: {tests}"
+        problems.append(f"{checks['run'] - checks['passed']} checks failed")
+    passed = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no report"
+    summary = f"checks: {checks['passed']} of {checks['run']} passed; tests: {passed}"
     if problems:
         output = "".join(o.output[-_TAIL:] for n, o in outcomes.items() if o.complaint(n))
         return final | _failed("; ".join([*problems, summary]), output)
     return final | {"status": "passed", "summary": summary}
 
 
+def _processes(cores: int) -> tuple[int, int]:
+    """Processes for the tests, and for the checks of one type: a third of the cores and the rest.
+    Nearly all of their time goes to compiling kernels."""
+    tests = max(1, cores // 3)
+    return tests, max(1, (cores - tests) // len(_CHECKED))
+
+
 def _condensed(checks: Sequence[Result]) -> Result:
     """How many checks ran and passed, the first failed ones, of the others the largest error."""
     failed = [row for row in checks if not row["passed"]]
+    ops: dict[str, int] = {}
     largest: dict[str, float] = {}
     for row in checks:
         if row["passed"]:
             largest[row["dtype"]] = max(largest.get(row["dtype"], 0.0), row["error_of_allowed"])
+            ops[row["op"]] = ops.get(row["op"], 0) + 1
     return {
         "run": len(checks),
         "passed": len(checks) - len(failed),
+        "passed_by_op": ops,
         "largest_error_of_allowed": largest,
-        "failed": failed[:20],
+        "failed": _some_of_each(failed),
     }
 
 
-def _test_counts(junit: Path) -> dict[str, int]:
-    """Counts of a junit report; empty if there is none."""
+def _some_of_each(failed: Sequence[Result]) -> list[Result]:
+    """A few of each operation's."""
+    seen: dict[str, list[Result]] = {}
+    for row in failed:
+        of_op = seen.setdefault(row["op"], [])
+        of_op += [row] if len(of_op) < 3 else []
+    return [row for rows in seen.values() for row in rows]
+
+
+def _tests(junit: Path) -> tuple[dict[str, int], list[str]]:
+    """Counts of a junit report, and the first failed tests with their reasons; nothing without it."""
     if not junit.exists():
-        return {}
+        return {}, []
     suite = ET.parse(junit).getroot().find("testsuite")
-    counts = {} if suite is None else suite.attrib
-    return {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
-
-
-# --- the op against float64 (in workers) ----------------------------------------------------------
-
-_CHECKED = ("float32", "bfloat16", "float16")
-_SHAPES = (
-    *((4, 16, 16), (8, 8, 8), (16, 4, 4), (64, 2, 2)),  # MNIST
-    *((12, 16, 16), (24, 8, 8), (48, 4, 4), (192, 2, 2)),  # SVHN and CIFAR-10
-    (2,),
-)
-_BATCHES = (300, 37)
-_DIRECTIONS = ("forward", "inverse")
-_OUTPUTS = ("out", "log_det", "grad_x", "grad_params", "grad_log_scale", "grad_bias", "grad_gain")
-
-# Sums taken in another order than PyTorch's differ by a few roundings of the accumulating type.
-_ROUNDINGS = 32
-
-CouplingOp = Callable[..., tuple["Tensor", "Tensor"]]
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Operands of the op, and gradients of its two results."""
-
-    x: Tensor
-    params: Tensor
-    log_scale: Tensor
-    bias: Tensor
-    gain: Tensor
-    log_det: Tensor
-    grad: Tensor
-    grad_log_det: Tensor
-
-    def trained(self) -> tuple[Tensor, ...]:
-        """The operands that gradients are taken of."""
-        return self.x, self.params, self.log_scale, self.bias, self.gain
-
-    def double(self) -> Operands:
-        """The same values in float64."""
-        return Operands(**{name: value.double() for name, value in vars(self).items()})
-
-
-def random_operands(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Operands:
-    """Random operands: x, params and grad of shape (B, C, *spatial), C even, in `dtype`; those per
-    channel and per sample float32, or float64 with it."""
-    import torch
-
-    generator = torch.Generator(device).manual_seed(seed)
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def random(*size: int, dtype: torch.dtype = wide) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=wide, device=device).to(dtype)
-
-    batch, channels = shape[:2]
-    return Operands(
-        x=random(*shape, dtype=dtype),
-        params=random(*shape, dtype=dtype),
-        log_scale=0.3 * random(channels),
-        bias=0.5 * random(channels),
-        gain=1 + 0.3 * random(channels // 2),
-        log_det=10 * random(batch),
-        grad=random(*shape, dtype=dtype),
-        grad_log_det=random(batch),
-    )
-
-
-def op_outputs(op: CouplingOp, operands: Operands, flip: bool) -> dict[str, Tensor]:
-    """Both results of `op` and the gradients of its operands, by autograd."""
-    import torch
-
-    leaves = [t.detach().requires_grad_() for t in operands.trained()]
-    out, log_det = op(*leaves, operands.log_det, flip=flip)
-    grads = torch.autograd.grad((out, log_det), leaves, (operands.grad, operands.grad_log_det))
-    return dict(zip(_OUTPUTS, (out.detach(), log_det.detach(), *grads), strict=True))
-
-
-def reference_outputs(direction: str, operands: Operands, flip: bool) -> dict[str, Tensor]:
-    """The same by the specification, whose gradients start from the output, as the kernels' do."""
-    from hybridflow.kernels.actnorm_coupling import reference
-
-    forward, backward = {
-        "forward": (reference.forward, reference.backward),
-        "inverse": (reference.inverse, reference.inverse_backward),
-    }[direction]
-    out, log_det = forward(*operands.trained(), operands.log_det, flip)
-    grads = backward(operands.grad, operands.grad_log_det, out, *operands.trained()[1:], flip)
-    return dict(zip(_OUTPUTS, (out, log_det, *grads), strict=True))
-
-
-def error_of_allowed(ours: Tensor, pytorch: Tensor, exact: Tensor) -> float:
-    """The error of `ours` over the one allowed: the larger ratio of 2-norms and of maxima.
-
-    Allowed is twice PyTorch's own error in the same type and a few roundings of the accumulating
-    type; errors are relative to `exact`, float64. Above 1, or NaN: wrong.
-    """
-    import torch
-
-    accumulate = torch.promote_types(ours.dtype, torch.float32)
-    floor = _ROUNDINGS * torch.finfo(accumulate).eps
-    ratios = []
-    for order in (2, math.inf):
-        size = torch.linalg.vector_norm(exact, order)
-        error = torch.linalg.vector_norm(ours.double() - exact, order) / size
-        allowed = 2 * torch.linalg.vector_norm(pytorch.double() - exact, order) / size + floor
-        ratios.append(float(error / allowed))
-    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
-
-
-def wrong_outputs(
-    ours: Mapping[str, Tensor], direction: str, operands: Operands, flip: bool
-) -> tuple[float, list[str]]:
-    """The largest `error_of_allowed` among `ours`, and one line for each output that is wrong."""
-    pytorch = reference_outputs(direction, operands, flip)
-    exact = reference_outputs(direction, operands.double(), flip)
-    ratios = {name: error_of_allowed(ours[name], pytorch[name], exact[name]) for name in _OUTPUTS}
-    wrong = [f"{name}: error {r:.3g} of the allowed" for name, r in ratios.items() if not r <= 1]
-    for name, value in ours.items():
-        if (value.shape, value.dtype) != (pytorch[name].shape, pytorch[name].dtype):
-            wrong.append(f"{name}: {value.dtype} {tuple(value.shape)}, not as PyTorch's")
-    return max(ratios.values()), wrong
-
-
-def check_op(
-    direction: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    flip: bool,
-    device: torch.device,
-    op: CouplingOp | None = None,
-) -> Result:
-    """Check the op, or another in its place, with the gradients of all operands.
-
-    Compared with float64 on memory poisoned with NaN, with a second run (bit-equal) and on a GPU
-    with the replay of a CUDA graph (bit-equal).
-
-    Args:
-        direction: "forward" or "inverse".
-        shape: (B, C, *spatial).
-    """
-    if op is None:
-        from hybridflow.kernels import actnorm_coupling, actnorm_coupling_inverse
-
-        op = actnorm_coupling if direction == "forward" else actnorm_coupling_inverse
-    operands = random_operands(shape, dtype, device)
-    with _poisoned_memory():
-        ours = op_outputs(op, operands, flip)
-        again = op_outputs(op, operands, flip)
-        replayed = _replayed(op, operands, flip) if device.type == "cuda" else ours
-    largest, problems = wrong_outputs(ours, direction, operands, flip)
-    problems += [f"{n}: differs in a second run" for n in ours if not ours[n].equal(again[n])]
-    problems += [f"{n}: differs in a replay" for n in ours if not ours[n].equal(replayed[n])]
-    return {
-        "direction": direction,
-        "shape": list(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "flip": flip,
-        "passed": not problems,
-        "error_of_allowed": float(f"{largest:.3g}") if math.isfinite(largest) else str(largest),
-        "problems": problems,
-    }
-
-
-@contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN until written, inside a `with` block."""
-    import torch
-
-    options: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    options.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        options.fill_uninitialized_memory = before[1]
-
-
-def _capture(call: Callable[[], Any], warm_up: int = 3) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of one call after warm-up on a side stream, and what the call returned."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_up):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = call()
-    return graph, returned
-
-
-def _replayed(op: CouplingOp, operands: Operands, flip: bool) -> dict[str, Tensor]:
-    """`op_outputs` from the replay of a graph, its outputs and operands rewritten after capture."""
-    import torch
-
-    # Captured on zeros, replayed on the operands: nothing computed during capture can be left over.
-    static = Operands(**{name: torch.zeros_like(value) for name, value in vars(operands).items()})
-    graph, outputs = _capture(lambda: op_outputs(op, static, flip))
-    for name, value in vars(operands).items():
-        getattr(static, name).copy_(value)
-    for value in outputs.values():
-        value.fill_(math.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    return {name: value.clone() for name, value in outputs.items()}
-
-
-def check_worker(dtype: str) -> None:
-    """Check the op in one type at every shape of the presets; print a row for each check."""
-    import torch
-
-    device = torch.device("cuda")
-    cases = itertools.product(_DIRECTIONS, _BATCHES, _SHAPES, (False, True))
-    for direction, batch, shape, flip in cases:
-        case = (direction, (batch, *shape), getattr(torch, dtype), flip)
-        try:
-            row = check_op(*case, device)
-        except Exception as error:  # one shape that does not compile hides no other
-            row = {"case": str(case), "dtype": dtype, "passed": False, "problems": [_brief(error)]}
-        _print_row(row)
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
-
-
-def _print_row(row: Mapping[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    if suite is None:
+        return {}, []
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    failures = [
+        f"{test.get('name')}: {' '.join((element.get('message') or kind).split())[:300]}"
+        for test in suite.iter("testcase")
+        for kind in ("failure", "error")
+        for element in test.iter(kind)
+    ]
+    return counts, failures[:_SHOWN]
 
 
 # --- stage 4: sanitizer ---------------------------------------------------------------------------
@@ -708,9 +552,10 @@ _TOOLS = ("memcheck", "racecheck")
 
 def sanitizer_stage(context: Context, seconds: float, report: Report) -> Result:
     """compute-sanitizer's errors over every kernel at the smallest shapes."""
-    program = shutil.which("compute-sanitizer")
+    folders = (os.environ.get("PATH", ""), "/usr/local/cuda/bin")
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if program is None:
-        return {"status": "absent", "summary": "compute-sanitizer is not on PATH"}
+        return {"status": "absent", "summary": "compute-sanitizer was not found"}
     deadline = time.monotonic() + seconds
     errors: dict[str, int | None] = {}
     output = ""
@@ -735,221 +580,120 @@ def sanitizer_errors(output: str) -> int | None:
     return max(int(n) for pair in found for n in pair if n) if found else None
 
 
-def exercise_worker() -> None:
-    """Run every kernel forward and backward at the smallest shapes, without looking at results."""
-    # Each tensor an allocation of its own: an access past its end is then seen.
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    import torch
-
-    from hybridflow.kernels import actnorm_coupling, actnorm_coupling_inverse, actnorm_identity
-
-    device = torch.device("cuda")
-    for shape, dtype, flip in itertools.product(
-        ((5, 2), (5, 16, 4, 4), (5, 64, 2, 2)), (torch.float32, torch.bfloat16), (False, True)
-    ):
-        operands = random_operands(shape, dtype, device)
-        for op in (actnorm_coupling, actnorm_coupling_inverse):
-            op_outputs(op, operands, flip)
-        leaves = [t.requires_grad_() for t in (operands.x, operands.log_scale, operands.bias)]
-        a = actnorm_identity(*leaves, flip=flip)
-        torch.autograd.grad(a, leaves, torch.ones_like(a))
-    torch.cuda.synchronize()
-    _print_row({"exercised": True})
-
-
 # --- stage 5: op ----------------------------------------------------------------------------------
 
-_TIMED_SHAPES = ((300, 4, 16, 16), (2048, 4, 16, 16), (300, 12, 16, 16), (2048, 12, 16, 16))
-_TIMED_TYPES = ("float32", "bfloat16")
-_PASSES = ("forward", "forward+backward")
-_VARIANTS = (("fused", "eager", "compile"), ("max-autotune",))  # the second if the time allows
-_REPEATS = 40
+_CLOSING = 30.0  # seconds that the suites may take to start, and to write what they have
+_OF_SUITES = 0.8  # share of the stage's time; the rest is for max-autotune
 
 
 def op_stage(context: Context, seconds: float, report: Report) -> Result:
-    """Times of the op and of its baselines, and the speed-ups of those that are right."""
-
-    def result(outcomes: Mapping[str, Outcome]) -> Result:
-        rows = outcomes["op"].rows
-        timings = [row for row in rows if "variant" in row]
-        device = next((row for row in rows if "copy_gb_s" in row), {})
-        return {"device": device, "speedups": speedups(timings), "timings": timings}
-
-    command = _worker("op", f"{0.9 * seconds:.1f}")
-    outcome = run_commands({"op": command}, context, seconds, lambda o: report(result(o)))["op"]
-    final = result({"op": outcome})
-    timings = final["timings"]
-    expected = len(_TIMED_SHAPES) * len(_TIMED_TYPES) * len(_PASSES) * len(_VARIANTS[0])
-    problems = [outcome.complaint("the measurement")] if outcome.complaint("") else []
-    if wrong := sorted({row["variant"] for row in timings if not row["correct"]}):
-        problems.append(f"wrong results, so no speed-up: {', '.join(wrong)}")
-    if sum(row["variant"] in _VARIANTS[0] for row in timings) < expected:
-        problems.append(f"{len(timings)} timings only, want at least {expected}")
-    summary = f"{len(timings)} timings; copy {final['device'].get('copy_gb_s', '?')} GB/s"
+    """The benchmark suites, as far as they come, and the coupling beside max-autotune."""
+    deadline = time.monotonic() + seconds
+    path = [str(context.target), *sys.path]
+    missing = [name for name in _MEASURED_WITH if installed_version(name, path) is None]
+    result: Result = {"missing": missing}
+    problems: list[str] = []
+    output = ""
+    if "pytest-benchmark" in missing:
+        problems.append("pytest-benchmark is missing: the suites did not run")
+    else:
+        outcome = _run_suites(context, _OF_SUITES * seconds)
+        measured = json.loads(context.rows.read_text()) if context.rows.exists() else {}
+        result |= suites_result(measured)
+        report(result)
+        problems += result["problems"]
+        if not any(result["rows"].values()):
+            problems.append(outcome.complaint("the run of the suites") or "no row was measured")
+        output += outcome.output[-_TAIL:] if problems else ""
+    command = {"autotune": _worker("autotune")}
+    outcome = run_commands(command, context, deadline - time.monotonic())["autotune"]
+    result["autotune"] = speedups(outcome.rows)
+    problems += [f"max-autotune's rows: {p}" for row in outcome.rows for p in row["problems"]]
+    if outcome.status:  # out of time is no fault here
+        problems.append(outcome.complaint("max-autotune"))
+        output += outcome.output[-_TAIL:]
+    words = [*suites_summary(result), f"max-autotune: {len(outcome.rows)} rows"]
+    summary = "; ".join([*words, *([f"without {', '.join(missing)}"] if missing else [])])
     if problems:
-        return final | _failed("; ".join([*problems, summary]), outcome.output)
-    return final | {"status": "passed", "summary": summary}
+        return result | _failed("; ".join([*problems, summary]), output)
+    return result | {"status": "passed", "summary": summary}
 
 
-def speedups(timings: Sequence[Result]) -> list[Result]:
-    """How many times faster the fused op is than each baseline, by median, where both are right."""
-    kinds = ("shape", "dtype", "pass")
-    cases: dict[str, dict[str, Result]] = {}
-    for row in timings:
-        if row["correct"]:
-            cases.setdefault(str([row[k] for k in kinds]), {})[row["variant"]] = row
-    compared = []
-    for case in cases.values():
-        fused = case.pop("fused", None)
-        if fused is not None and case:
-            over = {name: round(row["us"][1] / fused["us"][1], 2) for name, row in case.items()}
-            compared.append({k: fused[k] for k in (*kinds, "us", "of_copy")} | {"over": over})
-    return compared
+_MEASURED_WITH = ("pytest-benchmark", "normflows", "nflows", "zuko", "FrEIA")
 
 
-def bytes_moved(shape: Sequence[int], itemsize: int, backward: bool) -> int:
-    """Bytes that the op must move: each operand read once, each result written once.
-
-    Forward: x and params in, y out. Backward: grad_y, y and params in, grad_x and grad_params out.
-    Per sample, the log-det in and out and its gradient in; per channel, the float32 parameters and
-    their gradients.
-    """
-    batch, channels = shape[:2]
-    elements = math.prod(shape)
-    parameters = 4 * (2 * channels + channels // 2)
-    forward = 3 * elements * itemsize + 4 * 2 * batch + parameters
-    if not backward:
-        return forward
-    return forward + 5 * elements * itemsize + 4 * batch + 2 * parameters
-
-
-def op_worker(seconds: str) -> None:
-    """Print the card's facts and copy rate, then a row for each variant, pass, type and shape."""
-    import torch
-
-    deadline = time.monotonic() + float(seconds)
-    card = torch.cuda.get_device_properties(0)
-    copy_gb_s = _copy_rate()
-    _print_row(
-        {
-            "name": card.name,
-            "multiprocessors": card.multi_processor_count,
-            "l2_bytes": card.L2_cache_size,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "copy_gb_s": round(copy_gb_s, 1),
-            "after_copy": first_gpu(),
-        }
+def _run_suites(context: Context, seconds: float) -> Outcome:
+    """`python -m benchmarks.kernels`, which stops in time to write what it has."""
+    context.rows.unlink(missing_ok=True)  # of an earlier run
+    minutes = f"{max(1.0, seconds - _CLOSING) / 60:.3f}"
+    command = _python(
+        *("-m", "benchmarks.kernels", "--device", "cuda"),
+        *("--minutes", minutes, "--out", str(context.rows)),
     )
-    for variants in _VARIANTS:
-        for shape, dtype in itertools.product(_TIMED_SHAPES, _TIMED_TYPES):
-            sets = _rotation(shape, getattr(torch, dtype), 3 * card.L2_cache_size)
-            for name in variants:
-                if time.monotonic() > deadline:
-                    return
-                case = {"shape": shape, "dtype": dtype, "variant": name}
-                try:
-                    for row in _timings(name, sets, copy_gb_s):
-                        _print_row(case | row)
-                except Exception as error:  # a baseline that does not compile hides no other
-                    _print_row(case | {"correct": False, "error": _brief(error)})
+    return run_commands({"suites": command}, context, seconds)["suites"]
 
 
-def _timings(name: str, sets: Sequence[Operands], copy_gb_s: float) -> Iterator[Result]:
-    """A row for each pass: whether the variant is right, its times and its rates."""
-    import torch
-
-    torch.compiler.reset()
-    op = _variant(name)
-    wrong = wrong_outputs(op_outputs(op, sets[0], False), "forward", sets[0], False)[1]
-    x = sets[0].x
-    for passes in _PASSES:
-        backward = passes == "forward+backward"
-        times = _time(op, sets, backward)
-        gb_s = bytes_moved(x.shape, x.element_size(), backward) / times["us"][1] / 1e3
-        rates = {"gb_s": round(gb_s, 1), "of_copy": round(gb_s / copy_gb_s, 3)}
-        yield {"pass": passes, "correct": not wrong, "wrong": wrong} | times | rates
-
-
-def _variant(name: str) -> CouplingOp:
-    """The op fused, or the reference as PyTorch runs it.
-
-    The graphs that "max-autotune" would make are left to the measurement, which captures every
-    variant alike.
-    """
-    import torch
-
-    from hybridflow.kernels import actnorm_coupling
-    from hybridflow.kernels.actnorm_coupling import reference
-
-    if name == "fused":
-        return actnorm_coupling
-    if name == "eager":
-        return reference.forward
-    mode = "max-autotune-no-cudagraphs" if name == "max-autotune" else "default"
-    return torch.compile(reference.forward, dynamic=False, mode=mode)
-
-
-def _rotation(shape: Sequence[int], dtype: torch.dtype, size: int) -> list[Operands]:
-    """Sets of random operands, four at least, that take more than `size` bytes together."""
-    import torch
-
-    one = 3 * math.prod(shape) * dtype.itemsize
-    count = max(4, size // one + 1)
-    return [random_operands(shape, dtype, torch.device("cuda"), seed) for seed in range(count)]
-
-
-def _time(op: CouplingOp, sets: Sequence[Operands], backward: bool) -> dict[str, Any]:
-    """Microseconds a call: p20, p50, p80 within a CUDA graph, and p50 as launched from Python.
-
-    A graph holds one call or more on each set, whose results all stay, so that neither operands nor
-    results are found in the cache.
-    """
-    import torch
-
-    calls = list(itertools.islice(itertools.cycle(sets), max(16, len(sets))))
-
-    def call() -> list[Any]:
-        if backward:
-            return [op_outputs(op, operands, False) for operands in calls]
-        with torch.no_grad():
-            return [op(*o.trained(), o.log_det, flip=False) for o in calls]
-
-    graph, _kept = _capture(call)
-    captured = [t / len(calls) for t in _event_times(graph.replay, _REPEATS)]
-    launched = [t / len(calls) for t in _event_times(call, 10)]
+def suites_result(measured: Mapping[str, Any]) -> Result:
+    """Of the suites' results file: counts, what is wrong, and how many times faster fused is."""
+    rows = {suite: measured.get(suite, []) for suite in ("ops", "models", "memory")}
+    every = [row for suite in rows.values() for row in suite]
+    peaks = {(row["variant"], row["couplings"]): row["peak_bytes"] for row in rows["memory"]}
+    # A failed assertion is a wrong row, which says so itself; a skip is a missing package.
+    broken = [
+        f"{name}: {reason}"
+        for name, reason in measured.get("not_measured", {}).items()
+        if not reason.startswith(("skipped", "failure: AssertionError"))
+    ]
+    wrong = [row for row in every if row["problems"]]
+    problems = [f"{len(wrong)} wrong rows"] if wrong else []
     return {
-        "us": [round(_quantile(captured, q), 3) for q in (0.2, 0.5, 0.8)],
-        "launched_us": round(_quantile(launched, 0.5), 3),
+        "rows": {suite: len(found) for suite, found in rows.items()},
+        "stopped": measured.get("stopped", False),
+        "copy_gb_s": (measured.get("copy") or {}).get("gb_s"),
+        "wrong": wrong[:_SHOWN],
+        "speedups": speedups([*rows["ops"], *rows["models"]]),
+        "peak_of_48_couplings_over_8": {
+            variant: round(peak / peaks[variant, 8], 3)
+            for (variant, couplings), peak in peaks.items()
+            if couplings == 48 and (variant, 8) in peaks
+        },
+        "problems": [*problems, *broken[:5]],
     }
 
 
-def _event_times(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Microseconds of each of some calls, between two events on the device."""
-    import torch
-
-    call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in events]
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return sorted(values)[round(q * (len(values) - 1))]
+def suites_summary(result: Result) -> list[str]:
+    """Number of rows and middling ratios, in words; nothing if the suites did not run."""
+    if "rows" not in result:
+        return []
+    counts = ", ".join(f"{count} {suite}" for suite, count in result["rows"].items())
+    words = [f"rows: {counts}{', then out of time' if result['stopped'] else ''}"]
+    captured = [row for row in result["speedups"] if row["launch"] == "graph"]
+    for name in ("eager", "compile"):
+        ratios = [row["over"][name] for row in captured if name in row["over"]]
+        if ratios:
+            words.append(f"fused over {name} in graphs: {min(ratios)} to {max(ratios)}, ")
+            words[-1] += f"median {median(ratios):.2f}"
+    return words
 
 
-def _copy_rate() -> float:
-    """GB/s of a copy of 1 GiB on the card, bytes read and bytes written."""
-    import torch
+_KINDS = ("op", "library", "note", "shape", "dtype", "direction", "launch")
 
-    source = torch.randn(2**28, device="cuda")
-    copy = torch.empty_like(source)
-    microseconds = _quantile(_event_times(lambda: copy.copy_(source), 20), 0.5)
-    return 2 * source.nbytes / microseconds / 1e3
+
+def speedups(rows: Sequence[Result]) -> list[Result]:
+    """How many times faster "fused" is than each other variant, by median, where both are right."""
+    cases: dict[str, dict[str, Result]] = {}
+    for row in rows:
+        if not row["problems"]:
+            kind = json.dumps([row.get(k) for k in _KINDS])
+            cases.setdefault(kind, {})[row["variant"]] = row
+    compared = []
+    for case in cases.values():
+        fused = case.pop("fused", None)
+        if fused and case:
+            over = {name: round(row["us"][1] / fused["us"][1], 2) for name, row in case.items()}
+            kept = {k: fused[k] for k in (*_KINDS, "us", "of_copy") if k in fused}
+            compared.append({"launch": "python"} | kept | {"over": over})
+    return compared
 
 
 # --- stage 6: train -------------------------------------------------------------------------------
@@ -1037,33 +781,16 @@ def relative_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, flo
     return {name: float(f"{value:.3g}") for name, value in named.items()}
 
 
-def train_worker(*arguments: str) -> None:
-    """`python -m hybridflow.train`, which then also prints its peak GPU memory."""
-    import torch
-
-    sys.argv = ["hybridflow.train", *arguments]
-    try:
-        runpy.run_module("hybridflow.train", run_name="__main__", alter_sys=True)
-    finally:
-        _print_row({"peak_memory_bytes": torch.cuda.max_memory_allocated()})
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 STAGES = (
     Stage("environment", 1, environment_stage),
-    Stage("install", 10, install_stage),
-    Stage("kernels", 28, kernels_stage),
-    Stage("sanitizer", 10, sanitizer_stage),
-    Stage("op", 30, op_stage),
-    Stage("train", 21, train_stage),
+    Stage("install", 9, install_stage),
+    Stage("kernels", 30, kernels_stage),
+    Stage("sanitizer", 12, sanitizer_stage),
+    Stage("op", 33, op_stage),
+    Stage("train", 15, train_stage),
 )
-_WORKERS: dict[str, Callable[..., None]] = {
-    "check": check_worker,
-    "exercise": exercise_worker,
-    "op": op_worker,
-    "train": train_worker,
-}
 
 
 def summary_table(results: Results) -> str:
@@ -1072,13 +799,17 @@ def summary_table(results: Results) -> str:
     for name, result in results.stages.items():
         what = str(result.get("summary", ""))[:300]
         lines.append(f"{name:12} {result['status']:8} {result['seconds']:7.1f}  {what}")
-    compared = results.stages.get("op", {}).get("speedups", [])
+    op = results.stages.get("op", {})
+    compared = [*op.get("speedups", []), *op.get("autotune", [])]
+    compared = [row for row in compared if row["launch"] == "graph" or "library" in row]
     if compared:
-        lines += ["", "fused op, p50 in a CUDA graph; times faster than the baselines"]
+        lines += ["", "fused, p50, operations within CUDA graphs; times faster than other variants"]
     for row in compared:
         over = ", ".join(f"{name} {factor}x" for name, factor in row["over"].items())
-        case = f"{'x'.join(map(str, row['shape'])):14} {row['dtype']:9} {row['pass']:17}"
-        lines.append(f"{case} {row['us'][1]:8.2f} us {row['of_copy']:4.0%} of copy  {over}")
+        name = " ".join(filter(None, (row.get("op"), row.get("library"), row.get("note"))))
+        shape = f"{'x'.join(map(str, row['shape']))} {row.get('dtype', '')}"
+        share = f"{row['of_copy']:4.0%} of copy  " if "of_copy" in row else ""
+        lines.append(f"{name:40} {shape:21} {row['us'][1]:9.2f} us  {share}{over}")
     return "\n".join([*lines, "", f"results: {results.path}"])
 
 
@@ -1126,9 +857,6 @@ def default_out(gpu_name: str, date: datetime) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Command line. Status: 0 if every stage passed, 1 if not, 2 for bad arguments or no GPU."""
-    if argv[:1] == ["--worker"]:
-        _WORKERS[argv[1]](*argv[2:])
-        return 0
     args = _arguments(argv)
     gpu = first_gpu()
     if gpu is None:
@@ -1141,14 +869,17 @@ def main(argv: Sequence[str]) -> int:
         "date": now.isoformat(timespec="seconds"),
         "minutes": args.minutes,
     }
-    results = Results(args.out or default_out(gpu["name"], now), header)
+    out = args.out or default_out(gpu["name"], now)
+    results = Results(out, header)
     stages = [stage for stage in STAGES if args.only is None or stage.name in args.only]
     with tempfile.TemporaryDirectory(
         prefix="hybridflow-gpu-", ignore_cleanup_errors=True
     ) as folder:
         scratch = Path(folder)
         target = args.target or scratch / "target"
-        context = Context(gpu, scratch, target, args.wheels, args.data_dir)
+        rows = out.with_name(f"{out.stem}-kernels.json")
+        context = Context(gpu, scratch, target, rows, args.wheels, args.data_dir)
+        _copy_suites(context)
         try:
             passed = run_queue(stages, context, results, 60 * args.minutes - _RESERVE)
         finally:

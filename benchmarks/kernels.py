@@ -2,12 +2,14 @@
 
 Runs the suites in a process of their own, then condenses what pytest-benchmark recorded. Exit status: 0 if
 everything was measured and right, 1 if not; the results are written either way and say what is missing.
+With --minutes the suites are interrupted after that time: the row being measured is lost, no other.
 """
 
 import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _MARKS = {"block", "calls", "bytes"}  # of one turn, not of a row
 _QUIET_LOAD = 0.25  # of the cores, before the run
 _QUIET_OTHERS = 0.05  # of the processor time, during it
+_GRACE = 15  # seconds for pytest to write what it has
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, help="results file; default benchmarks/results/kernels-<device>.json")
     add("--quick", action="store_true", help="a rehearsal of tiny shapes; needs --out")
     add("--only", metavar="EXPRESSION", help="rows that pytest -k selects; needs --out")
+    add("--minutes", type=float, help="stop then, with what was measured; needs --out")
     args = parser.parse_args(argv)
-    if args.out is None and (args.quick or args.only):
-        parser.error("--out: want a file, as --quick and --only do not make the full results")
+    if args.out is None and (args.quick or args.only or args.minutes):
+        parser.error("--out: want a file: --quick, --only and --minutes do not make full results")
     out = args.out or RESULTS / f"kernels-{args.device}.json"
     load = os.getloadavg()[0] / _cores()
     if load > _QUIET_LOAD:
         print(f"warning: the machine is not quiet: load {load:.2f} a core", file=sys.stderr)
-    raw, not_measured, others = _run_suites(args.device, args.quick, args.only)
+    seconds = None if args.minutes is None else 60 * args.minutes
+    raw, not_measured, others, stopped = _run_suites(args.device, args.quick, args.only, seconds)
     if others > _QUIET_OTHERS:
         print(f"warning: others took {others:.0%} of the processor time", file=sys.stderr)
     header = {
@@ -54,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": _commit(),
         "quick": args.quick,
         "load": {"before": round(load, 2), "others": round(others, 3)},
+        "stopped": stopped,
     }
     results = header | condense(raw) | {"not_measured": not_measured}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_suites(
-    device: str, quick: bool, only: str | None
-) -> tuple[dict[str, Any], dict[str, str], float]:
-    """What pytest-benchmark recorded, tests that gave nothing with the reason, and `_others`."""
+    device: str, quick: bool, only: str | None, seconds: float | None
+) -> tuple[dict[str, Any], dict[str, str], float, bool]:
+    """What pytest-benchmark recorded, tests that gave nothing with the reason, `_others`, and whether
+    the time was up before the end."""
     with tempfile.TemporaryDirectory() as folder:
         recorded, outcomes = Path(folder) / "benchmarks.json", Path(folder) / "outcomes.xml"
         command = [
@@ -77,12 +84,30 @@ def _run_suites(
             *(["-k", only] if only else []),
         ]
         before = _processor_seconds()
-        subprocess.run(command, cwd=ROOT, check=False)
+        stopped = _run_until(command, seconds)
         others = _others(before, _processor_seconds())
         text = recorded.read_text() if recorded.exists() else ""
         if not text:
             raise SystemExit("the suites recorded nothing: see the output above")
-        return json.loads(text), _not_measured(outcomes), others
+        return json.loads(text), _not_measured(outcomes), others, stopped
+
+
+def _run_until(command: Sequence[str], seconds: float | None) -> bool:
+    """Run pytest; after `seconds` interrupt it, which lets it write. Whether that was necessary."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored, it would be so in pytest too
+    with subprocess.Popen(command, cwd=ROOT) as suites:
+        try:
+            suites.wait(seconds)
+            return False
+        except subprocess.TimeoutExpired:
+            suites.send_signal(signal.SIGINT)
+        try:
+            suites.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            suites.kill()
+        return True
 
 
 # --- the machine's other work --------------------------------------------------------------------
@@ -205,7 +230,8 @@ def complaints(results: Mapping[str, Any]) -> list[str]:
         + f": {why}"
         for why, names in missing.items()
     ]
-    return [*wrong, *unmeasured]
+    stopped = ["the time was up: not everything was measured"] if results["stopped"] else []
+    return [*wrong, *unmeasured, *stopped]
 
 
 if __name__ == "__main__":

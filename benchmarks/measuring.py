@@ -147,12 +147,14 @@ def quantiles(values: Sequence[float]) -> list[float]:
     return [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)]
 
 
-def copy_call(device: torch.device, quick: bool) -> tuple[Callable[[], Any], int]:
-    """A copy of random floats four times as large as the cache, and the bytes it moves."""
+def copy_call(device: torch.device, quick: bool) -> tuple[Callable[[], Any], int, int]:
+    """A copy of random floats four times as large as the cache, how many copies a round makes, and
+    the bytes that one moves."""
     count = 2**20 if quick else cache_bytes(device)
     source = torch.randn(count, device=device)
     target = torch.randn(count, device=device)
-    return calls_in_turn([lambda: target.copy_(source)], device), 2 * source.nbytes
+    calls = [lambda: target.copy_(source)] * (1 if device.type == "cpu" else 10)  # one wait for all
+    return calls_in_turn(calls, device), len(calls), 2 * source.nbytes
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_library(
     models, errors, problems = _models(library, settings)
     if variant == "eager":
         errors, problems = {}, []
-    calls = [functools.partial(models.call, variant, x) for x in models.batches]
+    calls = settings.calls([functools.partial(models.call, variant, x) for x in models.batches])
     call = calls_in_turn(calls, settings.device)
     benchmark.group = f"model of {library}"
     benchmark.extra_info.update(

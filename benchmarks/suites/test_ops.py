@@ -12,9 +12,9 @@ from benchmarks.suites.turns import Settings, ready
 @pytest.mark.parametrize("block", range(3))
 def test_copy(benchmark: Any, settings: Settings, block: int) -> None:
     """What the rates are a share of."""
-    call, moved = copy_call(settings.device, settings.quick)
+    call, calls, moved = copy_call(settings.device, settings.quick)
     benchmark.group = "copy"
-    benchmark.extra_info.update(suite="copy", bytes=moved, block=block)
+    benchmark.extra_info.update(suite="copy", calls=calls, bytes=moved, block=block)
     benchmark.pedantic(call, rounds=10, warmup_rounds=2)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["Ready", "Settings", "ready"]
 
 
 _DRAWS = 8  # that a typical error is taken over
+_LONGEST_ROUND = 0.25  # seconds
+_FEWEST_CALLS = 8  # of a round on a GPU
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,28 @@ class Settings:
     @classmethod
     def of(cls, config: pytest.Config) -> "Settings":
         device, quick = torch.device(config.getoption("device")), config.getoption("quick")
-        return cls(device, quick, 2, 0.005, 3) if quick else cls(device, quick, 5, 0.25, 4)
+        if quick:
+            return cls(device, quick, 2, 0.005, 3)
+        if device.type == "cuda":  # less noise, and a lent card has little time
+            return cls(device, quick, 3, 0.05, 3)
+        return cls(device, quick, 5, 0.25, 4)
 
     @property
     def launches(self) -> tuple[str, ...]:
         """From Python, and on a GPU also by a CUDA graph."""
         return ("python", "graph") if self.device.type == "cuda" else ("python",)
+
+    def calls(self, calls: Sequence[Callable[[], Any]]) -> Sequence[Callable[[], Any]]:
+        """On a GPU, where a round makes every call: only as many as a round has time for."""
+        if self.device.type != "cuda":
+            return calls
+        for call in calls[:2]:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+        torch.cuda.synchronize()
+        once = time.perf_counter() - start
+        return calls[: max(_FEWEST_CALLS, int(_LONGEST_ROUND / once))]
 
     def rounds(self, call: Callable[[], Any]) -> int:
         """Rounds of a turn, after two calls to warm up."""
@@ -96,7 +114,9 @@ class Ready:
         """What a round calls, how many calls of the op that is, and rounds in a turn."""
         if (variant, launch) not in self._timed:
             pairs = zip(self.bound(variant), self.sets, strict=True)
-            calls = [functools.partial(step, bound, s.incoming) for bound, s in pairs]
+            calls = self.settings.calls(
+                [functools.partial(step, bound, s.incoming) for bound, s in pairs]
+            )
             graph = launch == "graph"
             call = captured(calls) if graph else calls_in_turn(calls, self.settings.device)
             count = 1 if self.settings.device.type == "cpu" else len(calls)

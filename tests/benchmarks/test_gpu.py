@@ -1,6 +1,7 @@
 """The GPU queue, as far as a machine without a GPU can tell."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridflow.kernels import actnorm_coupling, actnorm_coupling_inverse
+from benchmarks import gpu_checks
+from benchmarks.cases import Case
+from hybridflow import kernels
+from hybridflow.kernels import native
 
 _SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 _CPU = torch.device("cpu")
@@ -38,7 +43,7 @@ gpu = _load()
 def context(tmp_path: Path) -> Any:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return gpu.Context({"name": "a card"}, scratch, tmp_path / "target")
+    return gpu.Context({"name": "a card"}, scratch, tmp_path / "target", tmp_path / "rows.json")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -198,13 +203,25 @@ def test_commands_see_the_target_first_and_write_to_scratch(context: Any) -> Non
     assert output.split() == [str(context.target), str(scratch / "triton"), str(scratch)]
 
 
+def test_processes_find_the_suites_and_no_checkout(context: Any) -> None:
+    gpu._copy_suites(context)
+    code = "import benchmarks.gpu as g; print(g.__file__)"
+    output = gpu.run_commands({"a": gpu._python("-c", code)}, context, 20)["a"].output
+    assert Path(output.strip()) == context.suites / "benchmarks" / "gpu.py"
+    assert not (context.suites / "hybridflow").exists()
+
+
 def test_the_table_is_short_and_names_every_stage(tmp_path: Path) -> None:
     results = gpu.Results(tmp_path / "r.json", {})
     results.record("environment", {"status": "passed", "seconds": 1.0, "summary": "a card"})
     results.record("kernels", {"status": "failed", "seconds": 2.0, "summary": "x" * 9999})
-    row = {"shape": [300, 4, 16, 16], "dtype": "float32", "pass": "forward", "of_copy": 0.8}
-    compared = [row | {"us": [3.0, 3.1, 3.2], "over": {"eager": 9.5}}]
-    results.record("op", {"status": "running", "seconds": 3.0, "speedups": compared})
+    case = {"op": "actnorm", "shape": [300, 4, 16, 16], "dtype": "float32", "launch": "graph"}
+    compared = [case | {"us": [3.0, 3.1, 3.2], "of_copy": 0.8, "over": {"eager": 9.5}}]
+    compared.append(case | {"launch": "python", "us": [9.0, 9.1, 9.2], "over": {"eager": 1.5}})
+    model = {"library": "zuko", "shape": [9, 2], "launch": "python", "us": [7.0, 7.0, 7.0]}
+    compared.append(model | {"over": {"eager": 2.5}})
+    op = {"status": "running", "seconds": 3.0, "speedups": compared}
+    results.record("op", op | {"autotune": [compared[0] | {"over": {"max-autotune": 1.1}}]})
     table = gpu.summary_table(results)
     lines = table.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [
@@ -213,6 +230,8 @@ def test_the_table_is_short_and_names_every_stage(tmp_path: Path) -> None:
         ["op", "running"],
     ]
     assert any("300x4x16x16" in line and "eager 9.5x" in line for line in lines)
+    assert any("zuko" in line and "eager 2.5x" in line for line in lines)
+    assert "max-autotune 1.1x" in table and "eager 1.5x" not in table
     assert len(table) < 12_000
 
 
@@ -252,82 +271,352 @@ def test_packages_without_wheels_fail_the_installation_by_name(
     assert result["summary"].endswith(": no-such-package-zz")
 
 
-# --- the op against float64 -----------------------------------------------------------------------
-
-_Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(37, 4, 8, 8), (300, 2)])
-def test_the_op_passes_on_the_cpu(
-    direction: str, dtype: torch.dtype, shape: tuple[int, ...]
+def test_optional_packages_come_from_wheels_or_are_done_without(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for flip in (False, True):
-        result = gpu.check_op(direction, shape, dtype, flip, _CPU)
+    asked: list[str] = []
+
+    def pip(context: Any, deadline: float, *arguments: str) -> Any:
+        asked.extend(arguments)
+        return gpu.Outcome(0, "")
+
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "offered_here-1.0-py3-none-any.whl").touch()
+    monkeypatch.setattr(gpu, "_OPTIONAL", ("offered-here", "nowhere-zz"))
+    monkeypatch.setattr(gpu, "project_requirements", lambda path: [])
+    monkeypatch.setattr(gpu, "_copy_checkout", lambda context: context.scratch)
+    monkeypatch.setattr(gpu, "_pip", pip)
+    result = gpu.install_stage(replace(context, wheels=wheels), 10, lambda result: None)
+    assert result["status"] == "passed" and "offered-here" in asked
+    assert result["installed"] == ["offered-here"] and result["optional_lacking"] == ["nowhere-zz"]
+    assert "without nowhere-zz" in result["summary"]
+
+
+# --- the operations against float64 ---------------------------------------------------------------
+
+_SMALL = {dtype: gpu_checks.small_cases(dtype) for dtype in (torch.float32, torch.bfloat16)}
+_Change = Callable[[Tensor], Tensor]
+
+
+@pytest.mark.parametrize("dtype", _SMALL, ids=str)
+@pytest.mark.parametrize("op", sorted({case.op for case in _SMALL[torch.float32]}))
+def test_every_operation_passes_on_the_cpu(op: str, dtype: torch.dtype) -> None:
+    cases = [case for case in _SMALL[dtype] if case.op == op]
+    assert cases or dtype != torch.float32
+    for case in cases:
+        result = gpu_checks.check(case, _CPU)
         assert result["passed"], result
         assert 0 <= result["error_of_allowed"] <= 1
 
 
+def test_the_table_holds_every_public_operation_and_every_form() -> None:
+    ops = {name for name in kernels.__all__ if name[0].islower()} - {"fuse", "unfuse"}
+    cases = gpu_checks.every_case(torch.float32)
+    assert {case.op for case in cases} == ops
+    forms = {case.options["form"].scale for case in cases if "form" in case.options}
+    assert forms == set(gpu_checks.get_args(gpu_checks.Scale))
+    assert len({case.id for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_every_operation_passes_at_a_preset_shape(dtype: torch.dtype) -> None:
+    for case in gpu_checks.preset_cases(dtype, [(8, 8, 8), (2,)]):
+        result = gpu_checks.check(case, _CPU)
+        assert result["passed"], result
+
+
+def _first(op: str, dtype: torch.dtype = torch.float32, note: str = "") -> Case:
+    return next(c for c in _SMALL[dtype] if c.op == op and note in c.note)
+
+
+def _changed(case: Case, change: _Change, result: int) -> Callable[..., Any]:
+    """The operation, but for one of its results."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        results = case.function("eager")(*given, **named)
+        if isinstance(results, Tensor):
+            return change(results)
+        return tuple(change(r) if i == result else r for i, r in enumerate(results))
+
+    return call
+
+
+def _element(by: float) -> _Change:
+    def change(y: Tensor) -> Tensor:
+        return y + by * torch.nn.functional.one_hot(torch.tensor(1), y.numel()).view_as(y)
+
+    return change
+
+
+_CYCLE = itertools.cycle(range(7))
+_OPS = (
+    "actnorm_coupling",
+    "actnorm_coupling_inverse",
+    "actnorm_inverse",
+    "gmm_log_prob",
+    "standard_normal_log_prob",
+    "logit_transform",
+    "boundary_sample",
+    "coupling_chain",
+)
+
+
+@pytest.mark.parametrize("op", _OPS)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda y, log_det: (y * 1.0001, log_det), "out"),
-        (lambda y, log_det: (y, log_det + 0.01), "log_det"),
-        (lambda y, log_det: (_one_element(y, 10.0), log_det), "out"),
-        (lambda y, log_det: (_one_element(y, float("nan")), log_det), "out"),
-        (lambda y, log_det: (y + 1e-7 * torch.rand(()), log_det), "second run"),
-        (lambda y, log_det: (2 * y - y.detach(), log_det), "grad_x"),
-        (lambda y, log_det: (y + torch.empty_like(y) * 0, log_det), "out"),
+        (lambda y: y * 1.0001, "error"),
+        (_element(1.0), "error"),
+        (_element(float("nan")), "error"),
+        (lambda y: y * (1 + 1e-6 * next(_CYCLE)), "second run"),
+        (lambda y: 2 * y - y.detach(), "the gradient of"),
+        (lambda y: y + torch.empty_like(y) * 0, "error"),
+        (lambda y: y.double(), "float64"),
+        (lambda y: y[:1] + 0 * y, "error"),
+        (lambda y: y.bfloat16().float(), "error"),
     ],
-    ids=["scaled", "log-det", "one element", "one NaN", "irregular", "gradient", "unwritten"],
+    ids="scaled element nan irregular gradient unwritten type row digits".split(),
 )
-@pytest.mark.parametrize(
-    ("direction", "op"), [("forward", actnorm_coupling), ("inverse", actnorm_coupling_inverse)]
-)
-def test_a_perturbed_op_fails(direction: str, op: Any, change: _Change, named: str) -> None:
-    def perturbed(*operands: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
-        return change(*op(*operands, flip=flip))
-
-    result = gpu.check_op(direction, (37, 4, 8, 8), torch.float32, False, _CPU, perturbed)
+def test_a_perturbed_operation_fails(op: str, change: _Change, named: str) -> None:
+    case = _first(op)
+    result = gpu_checks.check(case, _CPU, _changed(case, change, 0))
     assert not result["passed"]
     assert any(named in problem for problem in result["problems"])
 
 
-def _one_element(y: Tensor, by: float) -> Tensor:
-    change = torch.zeros_like(y)
-    change[3, 1, 2, 2] = by
-    return y + change
+def test_a_wrong_log_det_or_its_type_fails() -> None:
+    for op in ("actnorm_coupling", "actnorm", "logit_transform"):
+        case = _first(op, torch.bfloat16)
+        for change in (lambda v: v + 0.01, lambda v: v * (1 + 1e-4), lambda v: v.bfloat16()):
+            result = gpu_checks.check(case, _CPU, _changed(case, change, 1))
+            assert any(problem.startswith("log_det: ") for problem in result["problems"])
 
 
-def test_a_16_bit_op_may_err_twice_as_much_as_pytorch_and_no_more() -> None:
+def test_another_form_than_the_one_asked_for_fails() -> None:
+    for case in _SMALL[torch.float32]:
+        if "form" in case.options and case.op == "actnorm_coupling" and "exp" not in case.note:
+            other = kernels.CouplingForm("exp", factor=1.5)
+            function = replace(case, options=case.options | {"form": other}).function("eager")
+            assert not gpu_checks.check(case, _CPU, function)["passed"], case.id
+
+
+def test_an_operation_that_writes_to_its_operands_fails() -> None:
+    case = _first("actnorm_coupling")
+
+    def call(x: Tensor, params: Tensor, **others: Any) -> Any:
+        results = kernels.actnorm_coupling(x, params, **others)
+        params.data.add_(1)  # as a kernel would, unseen by autograd
+        return results
+
+    assert any("written to" in p for p in gpu_checks.check(case, _CPU, call)["problems"])
+
+
+class _Graph:
+    """A CUDA graph as far as a CPU has one: a replay writes the results where they were."""
+
+    def __init__(self, call: Callable[[], dict[str, Tensor]]) -> None:
+        self.call, self.results = call, call()
+
+    def replay(self) -> None:
+        for name, value in self.call().items():
+            self.results[name].copy_(value)
+
+
+def _without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(call: Any) -> Any:
+        graph = _Graph(call)
+        return graph, graph.results
+
+    monkeypatch.setattr(gpu_checks, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_replays_are_of_the_operands_written_after_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_a_card(monkeypatch)
+    for case in _SMALL[torch.float32]:
+        operands, function = case.operands(0, _CPU), case.function("eager")
+        want = gpu_checks.results_of(case, function, operands)
+        assert not gpu_checks._differing(want, gpu_checks._replayed(case, function, operands))
+
+
+def test_what_was_computed_during_capture_is_not_taken_for_a_replay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _without_a_card(monkeypatch)
+    case = _first("actnorm_coupling")
+    operands = case.operands(0, _CPU)
+    seen: list[Tensor] = []
+
+    def stale(x: Tensor, *, log_scale: Tensor, **others: Any) -> Any:
+        seen.append(log_scale.detach().clone())
+        of_the_first_call = log_scale - log_scale.detach() + seen[0]
+        return case.function("eager")(x, log_scale=of_the_first_call, **others)
+
+    want = gpu_checks.results_of(case, case.function("eager"), operands)
+    assert gpu_checks._differing(want, gpu_checks._replayed(case, stale, operands))
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_missing())
+@pytest.mark.parametrize("note", ("dequantize_logit", "boundary_sample"))
+def test_noise_that_does_not_follow_the_seed_or_repeats_without_one_fails(note: str) -> None:
+    case = _first(note, note="seed" if note == "dequantize_logit" else "")
+
+    def other_seed(*given: Any, seed: Tensor | None = None, **named: Any) -> Any:
+        return case.function("eager")(*given, seed=None if seed is None else seed + 1, **named)
+
+    def frozen(*given: Any, seed: Tensor | None = None, **named: Any) -> Any:
+        return case.function("eager")(
+            *given, seed=torch.tensor(7) if seed is None else seed, **named
+        )
+
+    problems = gpu_checks.check(case, _CPU, other_seed)["problems"]
+    assert any(problem.startswith(f"{case.results[0]}: error") for problem in problems)
+    assert gpu_checks.check(case, _CPU, frozen)["problems"] == ["two calls draw the same"]
+
+
+def test_a_16_bit_result_may_err_twice_as_much_as_pytorch_and_no_more() -> None:
     exact = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pytorch = exact.bfloat16()
     error = pytorch.double() - exact
-    assert gpu.error_of_allowed(exact + 1.9 * error, pytorch, exact) < 1
-    assert gpu.error_of_allowed(exact + 2.1 * error, pytorch, exact) > 1
+    for factor, wrong in ((1.9, False), (2.1, True)):
+        ours = exact + factor * error
+        assert (gpu_checks.error_of_allowed(ours, pytorch, exact, exact) > 1) == wrong
+
+
+def test_where_terms_cancel_the_error_may_be_theirs() -> None:
+    """1000 + 1 - 1000 in float32: the rounding of 1000 counts."""
+    exact, ours = torch.tensor([1.0]).double(), torch.tensor([1 + 6e-5])
+    pytorch, nudged = ours, exact + 6e-5
+    assert gpu_checks.error_of_allowed(ours, exact, exact, exact) > 1
+    assert gpu_checks.error_of_allowed(ours, exact, exact, nudged) < 1
+    assert gpu_checks.error_of_allowed(pytorch, pytorch, exact, exact) < 1
 
 
 # --- what the other stages make of their output ---------------------------------------------------
 
 
-def test_no_speed_up_is_given_for_a_wrong_variant() -> None:
-    def row(variant: str, median: float, correct: bool = True, dtype: str = "float32") -> Any:
-        kind = {"shape": [2, 4], "dtype": dtype, "pass": "forward", "variant": variant}
-        return kind | {"correct": correct, "us": [1.0, median, 99.0], "of_copy": 0.5}
+def _row(variant: str, median: float, **other: Any) -> dict[str, Any]:
+    row = {"op": "actnorm", "note": "", "shape": [2, 4], "dtype": "float32", "launch": "graph"}
+    row |= {"variant": variant, "us": [1.0, median, 99.0], "of_copy": 0.5, "problems": []}
+    return row | other
 
-    rows = [row("fused", 2.0), row("eager", 7.0), row("compile", 3.0, correct=False)]
-    rows += [row("fused", 2.0, False, "bfloat16"), row("eager", 9.0, True, "bfloat16")]
+
+def test_no_speed_up_is_given_for_a_wrong_variant() -> None:
+    wrong = {"problems": ["y is off"]}
+    rows = [_row("fused", 2.0), _row("eager", 7.0), _row("compile", 3.0, **wrong)]
+    rows += [_row("fused", 2.0, dtype="bfloat16", **wrong), _row("eager", 9.0, dtype="bfloat16")]
     (only,) = gpu.speedups(rows)
     assert only["dtype"] == "float32" and only["over"] == {"eager": 3.5}
 
 
-def test_bytes_moved_count_each_operand_once() -> None:
-    per_channel = 4 * (4 + 4 + 2)
-    assert gpu.bytes_moved((3, 4, 2, 2), 2, backward=False) == 3 * 48 * 2 + 3 * 8 + per_channel
-    assert gpu.bytes_moved((3, 4, 2, 2), 2, backward=True) == (
-        8 * 48 * 2 + 3 * 12 + 3 * per_channel
-    )
+def _measured() -> dict[str, Any]:
+    memory = {"couplings": 8, "peak_bytes": 100, "us": [1, 1, 1], "shape": [1], "problems": []}
+    model = {"library": "zuko", "shape": [4, 2], "us": [1.0, 2.0, 3.0], "problems": []}
+    return {
+        "ops": [_row("fused", 2.0), _row("eager", 8.0), _row("compile", 3.0)],
+        "models": [model | {"variant": "eager"}, model | {"variant": "fused"}],
+        "memory": [
+            memory | {"variant": "constant memory"},
+            memory | {"variant": "constant memory", "couplings": 48, "peak_bytes": 120},
+        ],
+        "copy": {"gb_s": 4000.0},
+        "not_measured": {"a": "skipped: no zuko", "b": "failure: AssertionError: y is off"},
+        "stopped": True,
+    }
+
+
+def test_rows_of_the_suites_are_counted_and_compared() -> None:
+    result = gpu.suites_result(_measured())
+    assert result["rows"] == {"ops": 3, "models": 2, "memory": 2} and result["problems"] == []
+    assert result["peak_of_48_couplings_over_8"] == {"constant memory": 1.2}
+    assert [row["over"] for row in result["speedups"]] == [
+        {"eager": 4.0, "compile": 1.5},
+        {"eager": 1.0},
+    ]
+    rows, over_eager, over_compile = gpu.suites_summary(result)
+    assert rows == "rows: 3 ops, 2 models, 2 memory, then out of time"
+    assert "eager" in over_eager and "median 4.00" in over_eager and "1.5 to 1.5" in over_compile
+
+
+def test_wrong_rows_and_broken_tests_of_the_suites_are_problems() -> None:
+    measured = _measured()
+    measured["ops"][1]["problems"] = ["y is off"]
+    measured["not_measured"]["c"] = "error: RuntimeError: out of memory"
+    problems = gpu.suites_result(measured)["problems"]
+    assert problems == ["1 wrong rows", "c: error: RuntimeError: out of memory"]
+    assert gpu.suites_result({})["rows"] == {"ops": 0, "models": 0, "memory": 0}
+
+
+@pytest.mark.parametrize("written", (True, False))
+def test_the_op_stage_takes_what_the_suites_wrote_and_nothing_older(
+    context: Any, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    context.rows.write_text(json.dumps({"ops": [_row("fused", 1.0)]}))
+
+    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+        ((name, command),) = commands.items()
+        if name == "autotune":
+            rows = [_row("fused", 2.0), _row("max-autotune", 3.0)]
+            return {name: gpu.Outcome(None, "\n".join(map(json.dumps, rows)))}
+        assert command[command.index("--out") + 1] == str(context.rows)
+        assert 60 * float(command[command.index("--minutes") + 1]) < seconds - 20
+        if written:
+            context.rows.write_text(json.dumps(_measured()))
+        return {name: gpu.Outcome(1, "said")}
+
+    monkeypatch.setattr(gpu, "run_commands", run)
+    monkeypatch.setattr(gpu, "installed_version", lambda name, path: name != "nflows" or None)
+    result = gpu.op_stage(context, 100, lambda result: None)
+    assert result["autotune"][0]["over"] == {"max-autotune": 1.5}
+    assert result["status"] == ("passed" if written else "failed")
+    assert result["summary"].endswith("without nflows")
+    assert written or "the run of the suites ended with exit status 1" in result["summary"]
+
+
+def test_without_pytest_benchmark_the_op_stage_says_so(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+        asked.extend(commands)
+        return {name: gpu.Outcome(0, json.dumps(_row("fused", 2.0))) for name in commands}
+
+    monkeypatch.setattr(gpu, "run_commands", run)
+    monkeypatch.setattr(gpu, "installed_version", lambda name, path: None)
+    result = gpu.op_stage(context, 100, lambda result: None)
+    assert asked == ["autotune"] and result["status"] == "failed"
+    assert result["summary"].startswith("pytest-benchmark is missing")
+
+
+def _condensed_row(op: str, passed: bool) -> dict[str, Any]:
+    return {"op": op, "dtype": "float32", "passed": passed, "error_of_allowed": 0.5}
+
+
+def test_failed_checks_of_every_operation_are_kept() -> None:
+    rows = [_condensed_row("a", i > 9) for i in range(12)] + [_condensed_row("b", False)]
+    condensed = gpu._condensed(rows)
+    assert (condensed["run"], condensed["passed"]) == (13, 2)
+    assert [row["op"] for row in condensed["failed"]] == ["a", "a", "a", "b"]
+    assert condensed["passed_by_op"] == {"a": 2}
+
+
+def test_failed_tests_are_named_with_their_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "pytest.xml"
+    assert gpu._tests(path) == ({}, [])
+    failed = '<testcase name="t"><failure message="off by&#10;one"/></testcase>'
+    counts = 'tests="2" failures="1" errors="0" skipped="0"'
+    passed = '<testcase name="u"/>'
+    path.write_text(f"<testsuites><testsuite {counts}>{failed}{passed}</testsuite></testsuites>")
+    assert gpu._tests(path)[0]["failures"] == 1
+    assert gpu._tests(path)[1] == ["t: off by one"]
+
+
+@pytest.mark.parametrize("cores", (1, 2, 8, 16))
+def test_processes_do_not_outnumber_the_cores_by_much(cores: int) -> None:
+    tests, shares = gpu._processes(cores)
+    assert tests >= 1 and shares >= 1 and tests + 3 * shares <= max(cores, 4)
 
 
 @pytest.mark.parametrize(
