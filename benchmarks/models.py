@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridflow.flow import FlowStep, conv_conditioner
+from hybridflow.flow import FlowStep
 from hybridflow.flow.multiscale import StepChain
 from hybridflow.flow.prior import standard_normal_log_prob
 
@@ -97,10 +97,16 @@ MODELS: dict[str, Callable[[int], Density]] = {
 }
 
 
+def _convolutions(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, outputs, 3, padding=1)
+    )
+
+
 def chain(channels: int, hidden: int, couplings: int) -> StepChain:
     """Our own steps for images, one after the other."""
     kept, moved = (channels + 1) // 2, channels // 2
     return StepChain(
-        FlowStep(channels, conv_conditioner(kept, hidden, 2 * moved), flip=bool(i % 2))
+        FlowStep(channels, _convolutions(kept, hidden, 2 * moved), flip=bool(i % 2))
         for i in range(couplings)
     )

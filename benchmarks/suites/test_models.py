@@ -124,6 +124,18 @@ _KEPT: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+def _train(model: nn.Module, x: Tensor) -> None:
+    z, log_det = model(x)
+    (0.5 * z.square().flatten(1).sum(1) - log_det).mean().backward()
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    _train(model, x)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("couplings", (8, 48))
 @pytest.mark.parametrize("variant", _KEPT)
 def test_memory(benchmark: Any, settings: Settings, variant: str, couplings: int) -> None:
@@ -132,22 +144,18 @@ def test_memory(benchmark: Any, settings: Settings, variant: str, couplings: int
     torch.manual_seed(_SEED)
     model = _randomised(chain(shape[1], hidden, couplings)).to(settings.device)
     x = torch.randn(shape, device=settings.device)
+    with torch.no_grad():
+        model.initialise(x)  # without it, 48 random steps amplify every rounding beyond measure
 
     def train() -> None:
-        z, log_det = model(x)
-        (0.5 * z.square().flatten(1).sum(1) - log_det).mean().backward()
+        _train(model, x)
 
-    def gradients() -> dict[str, Tensor]:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        train()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    want = gradients()
+    exact = _gradients(copy.deepcopy(model).double(), x.double())
+    of_eager = relative_errors(_gradients(model, x), exact)
     _KEPT[variant](model)
-    errors = relative_errors(gradients(), want)
+    errors = relative_errors(_gradients(model, x), exact)
     worst = max(errors, key=lambda name: errors[name])
-    problems = verdict({worst: errors[worst]}, torch.float32, {worst: _TOLERANCE * couplings / 8})
+    problems = verdict({worst: errors[worst]}, torch.float32, {worst: max(of_eager.values())})
     benchmark.group = f"memory of {couplings} couplings"
     benchmark.extra_info.update(
         suite="memory",

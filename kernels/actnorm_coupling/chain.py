@@ -61,6 +61,7 @@ def coupling_chain(
     log_det: Tensor | None = None,
     *,
     inverse: bool = False,
+    keep_every: int | None = 12,
 ) -> tuple[Tensor, Tensor]:
     """Steps one after the other, with the activations of a single step kept.
 
@@ -68,30 +69,37 @@ def coupling_chain(
 
     Values and gradients are those of `actnorm_coupling` applied step by step, up to rounding. The
     backward goes from the output to the input: it inverts each step, runs its conditioner again, and
-    forgets both; so memory does not grow with the number of steps, and each conditioner runs once
-    more than it otherwise would.
+    forgets both; so the conditioners' activations do not add up with the number of steps, and each
+    conditioner runs once more than it otherwise would. What inverting one step rounds, the steps
+    before it amplify; so the output of every so many steps is kept, which ends that.
 
     Args:
         x: (B, C, *spatial).
         steps: the steps, in the order of the forward direction.
         log_det: (B,) in nats, float32 (float64 for float64 x); None counts as zero.
         inverse: the direction.
+        keep_every: the output of one in so many steps is kept besides the last; None keeps the last
+            alone.
 
     Returns:
         y, in the shape and type of x, and log_det plus that of the chain in this direction: (B,).
 
     Raises:
-        ValueError: there is no step.
+        ValueError: there is no step, or keep_every is below 1.
 
     Source: Gomez, Ren, Urtasun and Grosse, *The reversible residual network*, NeurIPS 2017.
     """
     if not steps:
         raise ValueError("steps: got none, want at least one")
+    if keep_every is not None and keep_every < 1:
+        raise ValueError(f"keep_every: got {keep_every}, want at least 1, or None")
     weights = [list(step.conditioner.parameters()) for step in steps]
     flat = [v for step, own in zip(steps, weights, strict=True) for v in (*step.vectors(), *own)]
     if log_det is None:
         log_det = x.new_zeros(x.shape[0], dtype=reference.accumulate_dtype(x))
-    return _Chain.apply(x, log_det, tuple(steps), inverse, _autocast(x.device.type), *flat)
+    order = tuple(reversed(steps)) if inverse else tuple(steps)
+    choices = (inverse, keep_every or len(order), _autocast(x.device.type))
+    return _Chain.apply(x, log_det, order, *choices, *flat)
 
 
 def _autocast(device: str) -> Callable[[], Any]:
@@ -107,29 +115,39 @@ class _Chain(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         log_det: Tensor,
-        steps: tuple[ChainStep, ...],
+        steps: tuple[ChainStep, ...],  # in the order they run
         inverse: bool,
+        keep_every: int,
         autocast: Callable[[], Any],
         *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        for step in reversed(steps) if inverse else steps:
+        kept = []
+        for i, step in enumerate(steps):
+            if i and i % keep_every == 0:
+                kept.append(x)
             params = step.conditioner(step.identity(x, normed=inverse))
             x, log_det = step.map(x, params, log_det, inverse)
-        ctx.save_for_backward(x, *flat)  # flat for autograd's check that none was changed since
-        ctx.steps, ctx.inverse, ctx.autocast = steps, inverse, autocast
+        ctx.save_for_backward(x, *kept, *flat)  # flat: autograd checks that none was changed since
+        ctx.steps, ctx.inverse, ctx.keep_every = steps, inverse, keep_every
+        ctx.autocast = autocast
         return x, log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        out, *_ = ctx.saved_tensors
+        out, *kept = ctx.saved_tensors
+        last = len(ctx.steps) - 1
         gradients: list[list[Tensor | None]] = []
-        for step in ctx.steps if ctx.inverse else reversed(ctx.steps):
+        for i in range(last, -1, -1):
+            if i != last and (i + 1) % ctx.keep_every == 0:
+                out = kept[i // ctx.keep_every]
+            step = ctx.steps[i]
             out, grad, own = _undo(step, out, grad, grad_log_det, ctx.inverse, ctx.autocast)
             gradients.append(own)
-        if not ctx.inverse:
+        if not ctx.inverse:  # in the order of the forward direction
             gradients.reverse()
-        return grad, grad_log_det, None, None, None, *itertools.chain.from_iterable(gradients)
+        own = itertools.chain.from_iterable(gradients)
+        return grad, grad_log_det, None, None, None, None, *own
 
 
 def _undo(

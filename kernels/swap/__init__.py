@@ -65,7 +65,8 @@ def fuse(model: nn.Module, *, constant_memory: bool = False) -> FuseReport:
     Args:
         model: any module that contains such layers, or is one.
         constant_memory: whether a `StepChain` keeps for its backward the activations of one step
-            instead of all; each conditioner then runs once more (see `coupling_chain`).
+            instead of all, and one output in twelve; each conditioner then runs once more (see
+            `coupling_chain`).
 
     Returns:
         A report; print it.

@@ -1,5 +1,7 @@
 """coupling_chain against the same steps one by one, and the memory it keeps."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -71,10 +73,12 @@ def test_values_and_gradients_are_those_of_the_steps(implementation, inverse, no
     steps = make_steps(norm=norm, index=index)
     x = torch.randn(6, SIZE, dtype=torch.float64, requires_grad=True)
     log_det = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    got = outputs_and_gradients(coupling_chain, x, steps, log_det, inverse)
     want = outputs_and_gradients(one_by_one, x, steps, log_det, inverse)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+    for keep_every in (None, 1, 3):
+        chain = functools.partial(coupling_chain, keep_every=keep_every)
+        got = outputs_and_gradients(chain, x, steps, log_det, inverse)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
 
 
 def test_in_float32_a_long_chain_keeps_its_gradients():
@@ -91,8 +95,8 @@ def test_in_float32_a_long_chain_keeps_its_gradients():
         assert (g - w).abs().max() <= 1e-4 * w.abs().max()
 
 
-def test_what_is_kept_for_the_backward_does_not_grow_with_the_chain():
-    def kept(count):
+def test_what_is_kept_for_the_backward_is_one_output_in_so_many():
+    def kept(count, keep_every):
         steps = make_steps(count, dtype=torch.float32)
         parameters = {p.data_ptr() for p in parameters_of(steps)}
         sizes = []
@@ -102,10 +106,12 @@ def test_what_is_kept_for_the_backward_does_not_grow_with_the_chain():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            coupling_chain(torch.randn(32, SIZE, requires_grad=True), steps)
+            x = torch.randn(32, SIZE, requires_grad=True)
+            coupling_chain(x, steps, keep_every=keep_every)
         return sum(sizes)
 
-    assert kept(48) == kept(8) == 32 * SIZE
+    assert kept(48, None) == kept(8, None) == kept(8, 12) == 32 * SIZE
+    assert kept(48, 12) == 4 * 32 * SIZE
 
 
 def test_parameters_that_are_not_trained_get_no_gradient():
@@ -134,6 +140,8 @@ def test_autocast_in_force_in_the_forward_is_so_in_the_backward():
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 
-def test_an_empty_chain_is_refused():
+def test_bad_arguments_are_refused_by_name():
     with _backend.using("reference"), pytest.raises(ValueError, match="steps: got none"):
         coupling_chain(torch.randn(3, 4), [])
+    with pytest.raises(ValueError, match="keep_every: got 0, want at least 1"):
+        coupling_chain(torch.randn(3, SIZE), make_steps(2), keep_every=0)
