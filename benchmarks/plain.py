@@ -103,11 +103,13 @@ def zuko_coupling(
     x: Tensor, params: Tensor, log_det: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     kept, moved = index.chunk(2)
-    shift, raw = params.unflatten(1, (-1, 2)).unbind(2)
+    # zuko indexes by brackets and unbinds a (…, 2) view; the gradients of both, compiled by torch 2.13
+    # for two CPU threads, write past their memory.
+    shift, raw = params[:, 0::2], params[:, 1::2]
     s = raw / (1 + raw.abs() / math.log(1e3))
-    # zuko assigns to indexed columns; compiled by torch 2.13 for two CPU threads, that corrupts memory.
-    joined = torch.cat((x[:, kept], x[:, moved] * s.exp() + shift), dim=1)
-    return joined[:, index.argsort()], log_det + _sum(s)
+    y = x.index_select(1, moved) * s.exp() + shift
+    joined = torch.cat((x.index_select(1, kept), y), dim=1)
+    return joined.index_select(1, index.argsort()), log_det + _sum(s)
 
 
 def freia_coupling(x: Tensor, params: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
