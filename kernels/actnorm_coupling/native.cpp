@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kTile = 512;       // floats in a buffer: some twenty of them fit into the cache
 constexpr int64_t kShortRow = 64;    // narrower blocks take several rows to a tile
-constexpr int64_t kChunk = 16384;    // elements of x in a chunk, about
+constexpr int64_t kChunk = 32768;    // elements of x in a chunk, about
 constexpr int64_t kMostChunks = 128;
 constexpr int64_t kGrain = 32768;    // elements for which one more thread is worth waiting for
 
