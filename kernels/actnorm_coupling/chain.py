@@ -146,8 +146,8 @@ class _Chain(torch.autograd.Function):
             gradients.append(own)
         if not ctx.inverse:  # in the order of the forward direction
             gradients.reverse()
-        own = itertools.chain.from_iterable(gradients)
-        return grad, grad_log_det, None, None, None, None, *own
+        in_order = itertools.chain.from_iterable(gradients)
+        return grad, grad_log_det, None, None, None, None, *in_order
 
 
 def _undo(
