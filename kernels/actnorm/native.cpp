@@ -76,9 +76,8 @@ HYBRIDFLOW_KERNEL(moments)
   const int64_t height = n < kBlock / 16 ? kBlock / n : 16;
   const int64_t chunks = (rows + height - 1) / height;
   const int64_t groups = chunks < kGroups ? chunks : kGroups;
-  const int64_t useful = 1 + rows * n / 32768;
   std::vector<Moments> partial(static_cast<std::size_t>(groups * channels));
-#pragma omp parallel num_threads(static_cast<int>(useful < threads ? useful : threads))
+#pragma omp parallel num_threads(team(rows * n, threads))
   {
     std::vector<float> scratch(static_cast<std::size_t>(2 * n));
     float* const means = scratch.data();

@@ -16,7 +16,6 @@ constexpr int64_t kTile = 512;       // floats in a buffer: some twenty of them 
 constexpr int64_t kShortRow = 64;    // narrower blocks take several rows to a tile
 constexpr int64_t kChunk = 32768;    // elements of x in a chunk, about
 constexpr int64_t kMostChunks = 128;
-constexpr int64_t kGrain = 32768;    // elements for which one more thread is worth waiting for
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -270,8 +269,7 @@ void for_each_item(const Shape& shape, const Chunks& chunks, const Blocks& kept_
   const int64_t per_chunk = kept_blocks.count + moved_blocks.count;
   const int64_t items = chunks.count * per_chunk;
   const int64_t elements = shape.samples * shape.channels * shape.positions();
-  const int team = static_cast<int>(least(threads, 1 + elements / kGrain));
-#pragma omp parallel for num_threads(team) schedule(dynamic)
+#pragma omp parallel for num_threads(team(elements, threads)) schedule(dynamic)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t chunk = item / per_chunk, number = item % per_chunk;
     const int64_t first = chunk * chunks.samples;

@@ -10,11 +10,6 @@
 
 namespace {
 
-inline int team(int64_t elements, int64_t threads) {
-  const int64_t useful = 1 + elements / 32768;
-  return static_cast<int>(threads < useful ? threads : useful);
-}
-
 constexpr int64_t WIDTH = 256;  // columns at a time
 
 // Adds the squared distances of z to every mean over so many columns, four means at a time: one sum

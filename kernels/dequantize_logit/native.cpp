@@ -10,11 +10,6 @@
 
 namespace {
 
-inline int team(int64_t elements, int64_t threads) {
-  const int64_t useful = 1 + elements / 32768;
-  return static_cast<int>(threads < useful ? threads : useful);
-}
-
 // Part of a sample: v, and c = 1 - v.
 struct Block {
   static constexpr int64_t most = 256;

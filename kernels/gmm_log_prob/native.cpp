@@ -17,9 +17,9 @@ constexpr double kLogTwoPi = 1.8378770664093454836;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// PyTorch's own grain of 32768 elements; eight classes cost about as much as one of its operations.
+// Eight classes cost about as much as one of PyTorch's operations.
 int thread_count(int64_t samples, int64_t classes, int64_t size, int64_t threads) {
-  return static_cast<int>(least(threads, 1 + samples * size * classes / (8 * 32768)));
+  return team(samples * size * classes / 8, threads);
 }
 
 // squared[c][r] += ‖z_r - mean_c‖² over so many columns of four samples and C classes.

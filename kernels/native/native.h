@@ -26,3 +26,14 @@
 #else
 #define HYBRIDFLOW_RESTRICT __restrict__
 #endif
+
+namespace {
+
+// Threads for an operation on so many elements. 32768 is PyTorch's own grain: a team waits for its slowest
+// thread, which on a busy machine costs far more than a small operation on one core.
+inline int team(int64_t elements, int64_t threads) {
+  const int64_t useful = 1 + elements / 32768;
+  return static_cast<int>(threads < useful ? threads : useful);
+}
+
+}  // namespace

@@ -11,11 +11,6 @@ enum Type : int64_t { kFloat32, kBFloat16, kFloat16 };  // native_impl.py: _TYPE
 constexpr int64_t kRun = 2048;  // columns taken at a time: summed in float, and runs in double
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
-int thread_count(int64_t samples, int64_t size, int64_t threads) {
-  const int64_t useful = 1 + samples * size / 32768;  // PyTorch's own grain
-  return static_cast<int>(useful < threads ? useful : threads);
-}
-
 int64_t run_length(int64_t begin, int64_t size) { return size - begin < kRun ? size - begin : kRun; }
 
 // So many elements as float32: where they are if they are that, else in the buffer.
@@ -64,7 +59,7 @@ HYBRIDFLOW_KERNEL(standard_normal_log_prob)
 (const void* z, const float* log_det, int64_t type, int64_t samples, int64_t size, float* log_prob,
  int64_t threads) {
   const double constant = kLogTwoPi * static_cast<double>(size);
-#pragma omp parallel for num_threads(thread_count(samples, size, threads)) schedule(static)
+#pragma omp parallel for num_threads(team(samples * size, threads)) schedule(static)
   for (int64_t i = 0; i < samples; ++i) {
     float buffer[kRun];
     double squared = 0.0;
@@ -80,7 +75,7 @@ HYBRIDFLOW_KERNEL(standard_normal_log_prob)
 HYBRIDFLOW_KERNEL(standard_normal_log_prob_backward)
 (const float* grad, const void* z, int64_t type, int64_t samples, int64_t size, void* grad_z,
  int64_t threads) {
-#pragma omp parallel for num_threads(thread_count(samples, size, threads)) schedule(static)
+#pragma omp parallel for num_threads(team(samples * size, threads)) schedule(static)
   for (int64_t i = 0; i < samples; ++i) {
     float values[kRun], products[kRun];
     for (int64_t begin = 0; begin < size; begin += kRun) {
