@@ -38,20 +38,19 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def choose(*tensors: Tensor | None) -> Backend:
-    """The implementation for these operands; the first gives the device.
+def choose(x: Tensor, *others: Tensor | None) -> Backend:
+    """The implementation for these operands, which are all where x is.
 
     CUDA runs Triton, and float32 and 16-bit floats on the CPU run the native library. All else runs
     the reference: float64 on the CPU, other devices, and either of the two where it is not installed.
     """
     if _forced is not None:
         return _forced
-    device = next(t for t in tensors if t is not None).device.type
-    if device == "cuda" and _has_triton():
+    if x.is_cuda and _has_triton():
         return "triton"
-    if device != "cpu" or not native.available():
+    if not x.is_cpu or not native.available() or x.dtype is torch.float64:
         return "reference"
-    for t in tensors:
+    for t in others:
         if t is not None and t.dtype is torch.float64:
             return "reference"
     return "native"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .._operator import first_order
 from . import op, reference
 from .form import PLAIN, CouplingForm
 
@@ -133,7 +133,7 @@ class _Chain(torch.autograd.Function):
         return x, log_det
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         out, *kept = ctx.saved_tensors
         last = len(ctx.steps) - 1

@@ -1,208 +1,21 @@
 // Actnorm followed by affine coupling; the formulas are those of reference.py.
 //
-// An array of x's shape is rows of channels * inner elements, samples * outer rows in all: inner are
-// the positions of a contiguous array (outer = 1), outer those of a channels-last one (inner = 1).
-// The columns of a row belong to the identity part (kept) or to the transformed part (moved). Each
-// part is cut into blocks of columns, the samples into chunks; an item of work is a block of a chunk.
-// It walks over tiles of at most kTile elements, which are float32 and contiguous: arrays that are so
-// are used where they lie, others go through a buffer in the first-level cache. Every sum is formed in
-// an order that depends on the shape alone.
+// The columns of a row (tiles.h) belong to the identity part (kept) or to the transformed part (moved).
+// The samples are cut into chunks, the items of work; a chunk is gone through in the order of memory,
+// tiles of the one part and of the other taking turns. Where a channel has a vector of neighbours, a
+// kernel walks along one channel after the other with its parameters in registers; elsewhere it walks
+// down the rows, a vector of columns at a time. Every sum is formed in an order that depends on the shape
+// alone.
+#include "actnorm_coupling/tiles.h"
+#include "native/lanes.h"
 #include "native/native.h"
 #include "native/vector_math.h"
 
 namespace {
 
-constexpr int64_t kTile = 512;       // floats in a buffer: some twenty of them fit into the cache
-constexpr int64_t kShortRow = 64;    // narrower blocks take several rows to a tile
-constexpr int64_t kChunk = 32768;    // elements of x in a chunk, about
+constexpr int64_t kChunk = 16384;  // elements of x in a chunk, about
 constexpr int64_t kMostChunks = 128;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class T>
-class Memory {
- public:
-  explicit Memory(int64_t count) : data_(new T[static_cast<size_t>(count)]) {}
-  ~Memory() { delete[] data_; }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  T* get() const { return data_; }
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
-
-// A buffer for a tile. The space between neighbours keeps those of one function from having the same
-// position in a page, which processors take for the same address when a load follows a store.
-template <class T>
-struct alignas(64) Buffer {
-  T values[kTile];
-  T between[576 / sizeof(T)];
-
-  operator T*() { return values; }
-  operator const T*() const { return values; }
-};
-
-// --- arrays and tiles ----------------------------------------------------------------------------
-
-struct Shape {
-  int64_t samples, channels, outer, inner;
-
-  int64_t positions() const { return outer * inner; }
-};
-
-struct Columns {  // where a part's channels are in a row
-  int64_t row;           // channels in a row
-  int64_t first, step;   // channel j of the part is first + step * j ...
-  const int64_t* index;  // ... or index[j]
-
-  int64_t operator[](int64_t j) const { return index != nullptr ? index[j] : first + step * j; }
-};
-
-enum Type : int64_t { kFloat32, kBFloat16, kFloat16 };
-
-struct Array {
-  void* data;
-  int64_t type;
-  int64_t inner;
-  Columns columns;
-};
-
-struct Tile {
-  int64_t row, rows;          // of the array
-  int64_t channel, channels;  // of the part
-  int64_t offset, run;        // positions within each channel
-
-  int64_t width() const { return channels * run; }
-  int64_t count() const { return rows * width(); }
-};
-
-bool is_one_run(const Array& array, const Tile& tile) {
-  const Columns& columns = array.columns;
-  const bool row = tile.channels == 1 || (columns.index == nullptr && columns.step == 1);
-  return row && (tile.rows == 1 || tile.width() == columns.row * array.inner);
-}
-
-int64_t begin(const Array& array, const Tile& tile) {
-  const Columns& columns = array.columns;
-  return (tile.row * columns.row + columns[tile.channel]) * array.inner + tile.offset;
-}
-
-template <bool gather, class T>
-inline void move(T* array, T* tile) {
-  if constexpr (gather)
-    *tile = *array;
-  else
-    *array = *tile;
-}
-
-template <bool gather, int count, class T>
-inline void move_few(T* array, T* tile) {  // as one or two instructions
-  std::memcpy(gather ? tile : array, gather ? array : tile, count * sizeof(T));
-}
-
-template <bool gather, class T>
-inline void move_run(T* array, T* tile, int64_t count) {
-  if (count < 8) {
-    for (int64_t j = 0; j < count; ++j) move<gather>(array + j, tile + j);
-    return;
-  }
-  for (int64_t j = 0; j + 8 < count; j += 8) move_few<gather, 8>(array + j, tile + j);
-  move_few<gather, 8>(array + count - 8, tile + count - 8);  // may overlap the one before
-}
-
-template <bool gather, int width, class T>
-void move_narrow_rows(T* array, int64_t stride, int64_t rows, T* tile) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if constexpr (width > 4)
-      move_few<gather, width>(array + r * stride, tile + r * width);
-    else
-      for (int j = 0; j < width; ++j) move<gather>(array + r * stride + j, tile + r * width + j);
-  }
-}
-
-template <bool gather, class T>
-void move_rows(T* array, int64_t stride, int64_t rows, int64_t width, T* tile) {
-  switch (width) {
-    case 1: return move_narrow_rows<gather, 1>(array, stride, rows, tile);
-    case 2: return move_narrow_rows<gather, 2>(array, stride, rows, tile);
-    case 3: return move_narrow_rows<gather, 3>(array, stride, rows, tile);
-    case 4: return move_narrow_rows<gather, 4>(array, stride, rows, tile);
-    case 5: return move_narrow_rows<gather, 5>(array, stride, rows, tile);
-    case 6: return move_narrow_rows<gather, 6>(array, stride, rows, tile);
-    case 7: return move_narrow_rows<gather, 7>(array, stride, rows, tile);
-  }
-  for (int64_t r = 0; r < rows; ++r) move_run<gather>(array + r * stride, tile + r * width, width);
-}
-
-// Between the array and a contiguous tile of its type, which is_one_run does not describe.
-template <bool gather, class T>
-void move_tile(const Array& array, const Tile& tile, T* buffer) {
-  const Columns& columns = array.columns;
-  const int64_t inner = array.inner, stride = columns.row * inner, width = tile.width();
-  T* data = static_cast<T*>(array.data) + tile.row * stride + tile.offset;
-  if (columns.index == nullptr && columns.step == 1) {
-    move_rows<gather>(data + columns[tile.channel] * inner, stride, tile.rows, width, buffer);
-  } else if (inner > 1) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t j = 0; j < tile.channels; ++j)
-        move_run<gather>(data + r * stride + columns[tile.channel + j] * inner,
-                         buffer + r * width + j * tile.run, tile.run);
-  } else if (columns.index != nullptr) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t j = 0; j < width; ++j)
-        move<gather>(data + r * stride + columns.index[tile.channel + j], buffer + r * width + j);
-  } else {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t j = 0; j < width; ++j)
-        move<gather>(data + r * stride + columns[tile.channel] + 2 * j, buffer + r * width + j);
-  }
-}
-
-// The tile as contiguous float32: where it lies in the array if it can be, else in the buffer.
-const float* load(const Array& array, const Tile& tile, float* buffer) {
-  const bool one_run = is_one_run(array, tile);
-  if (array.type == kFloat32) {
-    if (one_run) return static_cast<const float*>(array.data) + begin(array, tile);
-    move_tile<true>(array, tile, buffer);
-    return buffer;
-  }
-  Buffer<uint16_t> halves;
-  const uint16_t* from = halves;
-  if (one_run)
-    from = static_cast<const uint16_t*>(array.data) + begin(array, tile);
-  else
-    move_tile<true>(array, tile, halves.values);
-  if (array.type == kBFloat16)
-    from_bfloat16(from, tile.count(), buffer);
-  else
-    from_float16(from, tile.count(), buffer);
-  return buffer;
-}
-
-// Where to write a tile of the array before `store` is called with the same arguments.
-float* target(const Array& array, const Tile& tile, float* buffer) {
-  if (array.type != kFloat32 || !is_one_run(array, tile)) return buffer;
-  return static_cast<float*>(array.data) + begin(array, tile);
-}
-
-void store(const Array& array, const Tile& tile, float* buffer) {
-  const bool one_run = is_one_run(array, tile);
-  if (array.type == kFloat32) {
-    if (!one_run) move_tile<false>(array, tile, buffer);
-    return;
-  }
-  Buffer<uint16_t> halves;
-  uint16_t* to = one_run ? static_cast<uint16_t*>(array.data) + begin(array, tile) : halves;
-  if (array.type == kBFloat16)
-    to_bfloat16(buffer, tile.count(), to);
-  else
-    to_float16(buffer, tile.count(), to);
-  if (!one_run) move_tile<false>(array, tile, halves.values);
-}
+constexpr int64_t kBand = 32;  // rows after which the other part has its turn, about
 
 // --- the plan of the work ------------------------------------------------------------------------
 
@@ -222,81 +35,119 @@ struct Part {  // kept or moved
   Columns columns;  // in arrays of x's shape
 };
 
-struct Block {
-  int64_t number;
-  int64_t channel, channels;  // of the part
-  int64_t inner, run;         // a tile has run positions of each channel
-  int64_t tile_rows;
+struct Layout {  // what a call is like, beside its operands: native_impl.py's class of this name
+  int64_t x_type, params_type;
+  int64_t samples, channels, outer, inner, moved;
+  int64_t flip, inverse, norm_shift_first, scale;
+  int64_t shift_first, interleaved, shift_leads;
+  double clamp, eps, factor;
 
-  int64_t width() const { return channels * run; }
-  int64_t count() const { return tile_rows * width(); }
+  Shape shape() const { return {samples, channels, outer, inner}; }
+};
 
+// How a part is cut into tiles, and where per-channel values stand for its kernels: at(channel), one for
+// each channel or for each column of a tile. Where no operand needs a buffer, tiles are larger than one.
+struct Plan {
+  Plan(const Shape& shape, const Part& part_, bool all_float32, bool interleaved)
+      : part(part_), inner(shape.inner) {
+    by_channels = inner >= kLanes;
+    const bool in_order = part.columns.index == nullptr && part.columns.step == 1;
+    const bool direct = all_float32 && (by_channels || (in_order && !interleaved));
+    const int64_t fit = most(1, by_channels && direct ? part.channels : kTile / most(1, inner));
+    const bool single = by_channels && direct && part.columns.index != nullptr;
+    const int64_t blocks = ratio_up(part.channels, single ? 1 : fit);
+    channels = blocks == 0 ? 1 : ratio_up(part.channels, blocks);
+    run = by_channels && !direct ? ratio_up(inner, ratio_up(inner, kTile)) : inner;
+    const int64_t width = channels * inner;
+    if (!by_channels && width > 0 && width < kLanes)
+      for (int64_t g = ratio_up(kLanes, width); g * width <= kTile && group == 1; ++g)
+        if (shape.outer % g == 0) group = g;
+    const int64_t line = most(kLanes, group * width);
+    const bool unbounded = direct && group == 1 && width >= kLanes;
+    if (!by_channels) rows = group * (unbounded ? kBand : most(1, least(kBand, kTile / line)));
+  }
+
+  int64_t at(int64_t channel) const { return by_channels ? channel : channel * inner * group; }
+
+  int64_t size() const { return at(part.channels) + kLanes; }  // and what a whole vector reads beyond
+
+  // Values per channel to where the kernels look for them.
   template <class F>
-  void for_each_tile(int64_t row_begin, int64_t row_end, const F& f) const {
-    for (int64_t row = row_begin; row < row_end; row += tile_rows)
-      for (int64_t offset = 0; offset < inner; offset += run)
-        f(Tile{row, least(tile_rows, row_end - row), channel, channels, offset,
-               least(run, inner - offset)});
+  void spread(const F& value, float* to) const {
+    for (int64_t j = at(part.channels); j < size(); ++j) to[j] = 0.0f;
+    const int64_t copies = by_channels ? 1 : inner;
+    for (int64_t g = 0; g < (by_channels ? 1 : group); ++g)
+      for (int64_t channel = 0; channel < part.channels; ++channel)
+        for (int64_t j = 0; j < copies; ++j) *to++ = value(channel);
   }
+
+  // Sums by the kernels, a vector for each channel or one value for each column, to set(channel, sum).
+  template <class F>
+  void gather(const float* sums, const F& set) const {
+    for (int64_t channel = 0; channel < part.channels; ++channel) {
+      float total = 0.0f;
+      if (by_channels) {
+        total = fold(load(sums + channel * kLanes));
+      } else {
+        for (int64_t g = 0; g < group; ++g)
+          for (int64_t j = 0; j < inner; ++j)
+            total += sums[(g * part.channels + channel) * inner + j];
+      }
+      set(channel, total);
+    }
+  }
+
+  int64_t sums_size() const { return by_channels ? part.channels * kLanes : size(); }
+  int64_t sums_at(int64_t channel) const { return by_channels ? channel * kLanes : at(channel); }
+
+  // f(tile) for the rows from begin to end.
+  template <class F>
+  void for_each_tile(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t row = begin; row < end; row += rows)
+      for (int64_t c = 0; c < part.channels; c += channels)
+        for (int64_t offset = 0; offset < inner; offset += run)
+          f(Tile{by_channels, row, least(rows, end - row), group, c,
+                 least(channels, part.channels - c), offset, least(run, inner - offset)});
+  }
+
+  Part part;
+  int64_t inner;
+  bool by_channels;
+  int64_t channels, run, rows = 1, group = 1;  // of a tile
 };
 
-struct Blocks {
-  int64_t count, channels, inner, run, part_channels, tile_rows;
-
-  Blocks(const Shape& shape, const Chunks& chunks, const Part& part) {
-    part_channels = part.channels;
-    inner = shape.inner;
-    run = ratio_up(inner, most(1, ratio_up(inner, kTile)));
-    channels = inner == 0 ? 1 : least(part_channels, most(1, kTile / inner));
-    count = part_channels * shape.positions() == 0 ? 0 : ratio_up(part_channels, channels);
-    const int64_t width = channels * run;
-    const bool whole = channels == shape.channels && run == inner;
-    const bool several = width < kShortRow || whole;
-    tile_rows = several ? least(most(1, kTile / most(1, width)), chunks.samples * shape.outer) : 1;
-  }
-
-  Block operator[](int64_t number) const {
-    const int64_t channel = number * channels;
-    return {number, channel, least(channels, part_channels - channel), inner, run, tile_rows};
-  }
-};
-
-// Calls kept or moved for every item: (block, chunk, first sample, last sample + 1).
-template <class Kept, class Moved>
-void for_each_item(const Shape& shape, const Chunks& chunks, const Blocks& kept_blocks,
-                   const Blocks& moved_blocks, int64_t threads, const Kept& kept,
-                   const Moved& moved) {
-  const int64_t per_chunk = kept_blocks.count + moved_blocks.count;
-  const int64_t items = chunks.count * per_chunk;
+// Calls body(chunk, first row, last row + 1, scratch of so many floats) for every chunk.
+template <class Body>
+void for_each_chunk(const Shape& shape, const Chunks& chunks, int64_t scratch_size, int64_t threads,
+                    const Body& body) {
   const int64_t elements = shape.samples * shape.channels * shape.positions();
-#pragma omp parallel for num_threads(team(elements, threads)) schedule(dynamic)
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t chunk = item / per_chunk, number = item % per_chunk;
-    const int64_t first = chunk * chunks.samples;
-    const int64_t end = least(first + chunks.samples, shape.samples);
-    if (number < moved_blocks.count)
-      moved(moved_blocks[number], chunk, first, end);
-    else
-      kept(kept_blocks[number - moved_blocks.count], chunk, first, end);
+#pragma omp parallel num_threads(team(elements, threads))
+  {
+    const Memory<float> scratch(scratch_size);
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const int64_t first = chunk * chunks.samples;
+      const int64_t end = least(first + chunks.samples, shape.samples);
+      body(chunk, first * shape.outer, end * shape.outer, scratch.get());
+    }
   }
 }
 
-// --- sums and per-channel parameters -------------------------------------------------------------
-
-// In four interleaved chains, since one would wait for each addition.
-float sum(const float* HYBRIDFLOW_RESTRICT values, int64_t count) {
-  const int64_t quarter = count / 64 * 16;
-  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f, rest = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
-  for (int64_t j = 0; j < quarter; ++j) {
-    a += values[j];
-    b += values[quarter + j];
-    c += values[2 * quarter + j];
-    d += values[3 * quarter + j];
+// Tiles of both parts in turn.
+template <class Kept, class Moved>
+void take_turns(const Plan& kept, const Plan& moved, int64_t begin, int64_t end,
+                const Kept& of_kept, const Moved& of_moved) {
+  const int64_t band = most(kept.rows, moved.rows);
+  for (int64_t row = begin; row < end; row += band) {
+    kept.for_each_tile(row, least(row + band, end), of_kept);
+    moved.for_each_tile(row, least(row + band, end), of_moved);
   }
-#pragma omp simd reduction(+ : rest)
-  for (int64_t j = 4 * quarter; j < count; ++j) rest += values[j];
-  return ((a + b) + (c + d)) + rest;
+}
+
+// --- per-channel parameters and sums ---------------------------------------------------------------
+
+void fill(float value, int64_t count, float* to) {
+  for (int64_t j = 0; j < count; ++j) to[j] = value;
 }
 
 double sum_double(const float* values, int64_t count) {
@@ -306,84 +157,18 @@ double sum_double(const float* values, int64_t count) {
   return total;
 }
 
-void fill(float value, int64_t count, float* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = value;
-}
+enum Constant { kBefore, kScale, kAfter, kUnscale, kBound, kConstants };
 
-void add(const float* HYBRIDFLOW_RESTRICT values, int64_t count, float* HYBRIDFLOW_RESTRICT to) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] += values[j];
-}
+class Constants {  // of each kind, where the plan says
+ public:
+  explicit Constants(const Plan& plan) : size_(plan.size()), data_(kConstants * size_) {}
 
-// Calls f(sample, first element, number of elements) for the tile's elements of every sample.
-template <class F>
-inline void for_each_sample(const Shape& shape, const Tile& tile, const F& f) {
-  int64_t sample = tile.row / shape.outer;
-  for (int64_t row = 0; row < tile.rows; ++sample) {
-    const int64_t end = least(tile.rows, (sample + 1) * shape.outer - tile.row);
-    f(sample, row * tile.width(), (end - row) * tile.width());
-    row = end;
-  }
-}
+  float* of(Constant kind) const { return data_ + kind * size_; }
 
-// Adds every sample's elements to its sum; changes the elements.
-void add_by_sample(const Shape& shape, const Tile& tile, float* values, float* sums) {
-  if (shape.outer > 1 || tile.rows == 1) {
-    for_each_sample(shape, tile, [&](int64_t sample, int64_t begin, int64_t count) {
-      sums[sample] += sum(values + begin, count);
-    });
-    return;
-  }
-  // A row is a sample, and short: all rows are halved together as often as their width allows.
-  int64_t width = tile.width();
-  float folded[kTile / 2];
-  for (; width % 2 == 0; width /= 2) {
-    const int64_t pairs = tile.rows * width / 2;
-#pragma omp simd
-    for (int64_t j = 0; j < pairs; ++j) folded[j] = values[2 * j] + values[2 * j + 1];
-    std::memcpy(values, folded, static_cast<size_t>(pairs) * sizeof(float));
-  }
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    float total = 0.0f;
-    for (int64_t j = 0; j < width; ++j) total += values[row * width + j];
-    sums[tile.row + row] += total;
-  }
-}
-
-constexpr int64_t kStride = 16;
-
-// Every sample's value over its elements; writes past the tile, into the space between buffers.
-void spread_by_sample(const Shape& shape, const Tile& tile, const float* per_sample, float* to) {
-  for_each_sample(shape, tile, [&](int64_t sample, int64_t begin, int64_t count) {
-    float many[kStride];
-    for (int64_t j = 0; j < kStride; ++j) many[j] = per_sample[sample];
-    for (int64_t j = begin; j < begin + count; j += kStride)  // the next sample overwrites the excess
-      std::memcpy(to + j, many, sizeof many);
-  });
-}
-
-// Per-channel values over the columns of a block's tiles.
-template <class F>
-void spread(const Block& block, const F& value, float* to) {
-  const int64_t width = block.width();
-  if (block.run == 1)
-    for (int64_t j = 0; j < width; ++j) to[j] = value(block.channel + j);
-  else
-    for (int64_t j = 0; j < block.channels; ++j)
-      fill(value(block.channel + j), block.run, to + j * block.run);
-  for (int64_t row = 1; row < block.tile_rows; ++row)
-    move_run<true>(to, to + row * width, width);
-}
-
-// Sums of a block's columns to sums of its channels, which are passed to set(channel, sum).
-template <class F>
-void gather_sums(const Block& block, float* columns, const F& set) {
-  const int64_t width = block.width();
-  for (int64_t row = 1; row < block.tile_rows; ++row) add(columns + row * width, width, columns);
-  for (int64_t j = 0; j < block.channels; ++j)
-    set(block.channel + j, block.run == 1 ? columns[j] : sum(columns + j * block.run, block.run));
-}
+ private:
+  int64_t size_;
+  Memory<float> data_;
+};
 
 enum Kind { kLogScale, kBias, kGain, kKinds };
 
@@ -398,7 +183,10 @@ class Sums {  // per chunk and channel, of each kind
 
   void total(Kind kind, float factor, int64_t count, float* to) const {
     fill(0.0f, count, to);
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) add(at(chunk, kind), count, to);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const float* own = at(chunk, kind);
+      for (int64_t j = 0; j < count; ++j) to[j] += own[j];
+    }
     for (int64_t j = 0; j < count; ++j) to[j] *= factor;
   }
 
@@ -411,23 +199,44 @@ class Sums {  // per chunk and channel, of each kind
 // is zero, per channel of x.
 class Norm {
  public:
-  Norm(const float* log_scale, const float* bias, int64_t channels, bool shift_first, bool inverse)
+  Norm(const float* log_scale, const float* bias, const Layout& l, bool inverse)
       : present(log_scale != nullptr),
         sign(inverse ? -1.0f : 1.0f),
-        before_scale(shift_first != inverse),
-        memory_(4 * channels),
-        before(memory_),
-        after(memory_ + channels),
-        scale(memory_ + 2 * channels),
-        unscale(memory_ + 3 * channels) {
+        before_scale((l.norm_shift_first != 0) != inverse),
+        bias_(bias),
+        memory_(2 * l.channels),
+        scale(memory_),
+        unscale(memory_ + l.channels) {
     if (!present) return;
-    for (int64_t c = 0; c < channels; ++c) {
-      const ExpPair e = vector_exp_pair(sign * log_scale[c]);
+#pragma omp simd
+    for (int64_t c = 0; c < l.channels; ++c) {
+      const ExpPair<float> e = vector_exp_pair(sign * log_scale[c]);
       scale[c] = e.value;
       unscale[c] = e.inverse;
-      before[c] = before_scale ? sign * bias[c] : 0.0f;
-      after[c] = before_scale ? 0.0f : sign * bias[c];
     }
+  }
+
+  void spread(const Plan& plan, const Constants& to) const {
+    if (!present) return;
+    const Columns& c = plan.part.columns;
+    const float before = before_scale ? sign : 0.0f, after = before_scale ? 0.0f : sign;
+    const auto times_bias = [&](float factor, int64_t j) {
+      return factor == 0.0f ? 0.0f : factor * bias_[c[j]];
+    };
+    plan.spread([&](int64_t j) { return times_bias(before, j); }, to.of(kBefore));
+    plan.spread([&](int64_t j) { return times_bias(after, j); }, to.of(kAfter));
+    plan.spread([&](int64_t j) { return scale[c[j]]; }, to.of(kScale));
+    plan.spread([&](int64_t j) { return unscale[c[j]]; }, to.of(kUnscale));
+  }
+
+  // A part's sums of a chunk, which the kernels left in `own`.
+  void gather(const Plan& plan, const float* const own[], const Sums& sums, int64_t chunk) const {
+    if (!present) return;
+    float* log_scale = sums.at(chunk, kLogScale);
+    float* bias = sums.at(chunk, kBias);
+    const Columns& c = plan.part.columns;
+    plan.gather(own[kLogScale], [&](int64_t j, float value) { log_scale[c[j]] = value; });
+    plan.gather(own[kBias], [&](int64_t j, float value) { bias[c[j]] = value; });
   }
 
   void finish(const Sums& sums, int64_t channels, double grad_log_det, float* grad_log_scale,
@@ -446,173 +255,350 @@ class Norm {
   const bool before_scale;
 
  private:
+  const float* bias_;
   Memory<float> memory_;
 
  public:
-  float* const before;
-  float* const after;
   float* const scale;
   float* const unscale;
 };
 
-struct NormTile {  // Norm over the columns of a block's tiles, and the sums for its gradients
-  const Norm& norm;
-  Buffer<float> before, after, scale, unscale;
-  Buffer<float> sum_log_scale, sum_bias;
+// --- the kernels -----------------------------------------------------------------------------------
 
-  NormTile(const Norm& source, const Part& part, const Block& block) : norm(source) {
-    if (!norm.present) return;
-    const Columns& c = part.columns;
-    spread(block, [&](int64_t j) { return norm.before[c[j]]; }, before);
-    spread(block, [&](int64_t j) { return norm.after[c[j]]; }, after);
-    spread(block, [&](int64_t j) { return norm.scale[c[j]]; }, scale);
-  }
+enum Order { kNoNorm, kNormFirst, kNormLast };
 
-  void start_gradients(const Part& part, const Block& block) {
-    if (!norm.present) return;
-    spread(block, [&](int64_t j) { return norm.unscale[part.columns[j]]; }, unscale);
-    fill(0.0f, block.count(), sum_log_scale);
-    fill(0.0f, block.count(), sum_bias);
-  }
-
-  void map(int64_t count, const float* HYBRIDFLOW_RESTRICT v, float* HYBRIDFLOW_RESTRICT out) const {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) out[j] = (v[j] + before[j]) * scale[j] + after[j];
-  }
-
-  void invert(int64_t count, const float* HYBRIDFLOW_RESTRICT out, float* HYBRIDFLOW_RESTRICT v) const {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) v[j] = (out[j] - after[j]) * unscale[j] - before[j];
-  }
-
-  void gradients(int64_t count, const float* HYBRIDFLOW_RESTRICT out,
-                 const float* HYBRIDFLOW_RESTRICT grad, float* HYBRIDFLOW_RESTRICT grad_v) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      grad_v[j] = grad[j] * scale[j];
-      sum_bias[j] += grad[j];
-      sum_log_scale[j] += grad[j] * (out[j] - after[j]);
-    }
-  }
-
-  void finish(const Part& part, const Block& block, const Sums& sums, int64_t chunk) {
-    if (!norm.present) return;
-    float* log_scale = sums.at(chunk, kLogScale);
-    float* bias = sums.at(chunk, kBias);
-    const Columns& c = part.columns;
-    gather_sums(block, sum_log_scale, [&](int64_t j, float value) { log_scale[c[j]] = value; });
-    gather_sums(block, sum_bias, [&](int64_t j, float value) { bias[c[j]] = value; });
-  }
-};
-
-// --- the coupling --------------------------------------------------------------------------------
-
-struct Constants {
+struct Settings {
+  Order order = kNoNorm;
+  bool shift_first = false;        // of the executed direction
   float raw_factor, shift_factor;  // of the conditioner's output; shift's with the direction's sign
   float amplitude;                 // f is amplitude · squash(raw_factor · raw)
   float inverse_clamp, eps;
 };
 
-struct Squashed {
-  float value, slope;
+struct Squashed {  // f of the form, without amplitude and gain, and its derivative
+  Lanes value, slope;
 };
 
+struct Lines {  // pointers into a line of a tile's operands
+  const float *v, *grad, *raw, *shift;
+  float *out, *grad_raw, *grad_shift;
+};
+
+struct Call {  // of a kernel, on one tile
+  int64_t lines, columns;
+  Lines first;
+  int64_t v_stride, grad_stride, raw_stride, shift_stride;
+  int64_t out_stride, grad_raw_stride, grad_shift_stride;
+  const float* constants[kConstants];
+  float* sums[kKinds];
+  const float* given;  // by rows: a value for each line; by channels: one for the tile
+  float* row_sums;     // the same
+  Settings settings;
+
+  void advance(Lines* lines_) const {
+    lines_->v += v_stride;
+    lines_->grad += grad_stride;
+    lines_->raw += raw_stride;
+    lines_->shift += shift_stride;
+    lines_->out += out_stride;
+    lines_->grad_raw += grad_raw_stride;
+    lines_->grad_shift += grad_shift_stride;
+  }
+};
+
+template <class Squash>
+struct Map {  // v to v·e^s + t or (v + t)·e^s, with actnorm before or after; the result is s
+  static constexpr bool kLight = false;
+  static constexpr bool kGivesSum = true;
+  Lanes before, scale, after, bound;
+
+  template <class Get>
+  explicit Map(const Get& get)
+      : before(get(kBefore)), scale(get(kScale)), after(get(kAfter)), bound(get(kBound)) {}
+
+  HYBRIDFLOW_INLINE Lanes step(const Settings& k, const Lines& p, int64_t j, Lanes) {
+    Lanes v = load(p.v + j);
+    const Lanes t = k.shift_factor * load(p.shift + j);
+    if (k.order == kNormFirst) v = (v + before) * scale + after;
+    const Lanes s = bound * Squash::at(k.raw_factor * load(p.raw + j), k).value;
+    const Lanes e = vector_exp(s);
+    Lanes y = k.shift_first ? (v + t) * e : v * e + t;
+    if (k.order == kNormLast) y = (y + before) * scale + after;
+    store(y, p.out + j);
+    return s;
+  }
+
+  template <class Add>
+  void finish(const Add&) const {}
+};
+
+template <class Squash>
+struct Gradients {  // from the output, in p.v; the inverse order has both signs of s and t changed
+  static constexpr bool kLight = false;
+  static constexpr bool kGivesSum = false;
+  Lanes before, scale, after, unscale, bound;
+  Lanes log_scale{}, bias{}, gain{};
+
+  template <class Get>
+  explicit Gradients(const Get& get)
+      : before(get(kBefore)),
+        scale(get(kScale)),
+        after(get(kAfter)),
+        unscale(get(kUnscale)),
+        bound(get(kBound)) {}
+
+  Lanes norm(Lanes out, Lanes grad) {
+    bias += grad;
+    log_scale += grad * (out - after);
+    return grad * scale;
+  }
+
+  HYBRIDFLOW_INLINE Lanes step(const Settings& k, const Lines& p, int64_t j, Lanes grad_log_det) {
+    Lanes out = load(p.v + j), g = load(p.grad + j);
+    if (k.order == kNormLast) {
+      g = norm(out, g);
+      out = (out - after) * unscale - before;
+    }
+    const Squashed f = Squash::at(k.raw_factor * load(p.raw + j), k);
+    const Lanes s = bound * f.value, t = k.shift_factor * load(p.shift + j);
+    const ExpPair<Lanes> e =
+        k.order == kNormFirst ? vector_exp_pair(s) : ExpPair<Lanes>{vector_exp(s), s};
+    const Lanes scaled = k.shift_first ? out : out - t;
+    const Lanes ge = g * e.value, gs = g * scaled + grad_log_det;
+    store(k.shift_factor * (k.shift_first ? ge : g), p.grad_shift + j);
+    store(k.raw_factor * (gs * bound * f.slope), p.grad_raw + j);
+    gain += gs * f.value;
+    Lanes grad_v = ge;
+    if (k.order == kNormFirst) {
+      const Lanes v = k.shift_first ? scaled * e.inverse - t : scaled * e.inverse;
+      grad_v = norm(v, ge);
+    }
+    store(grad_v, p.out + j);
+    return Lanes{};
+  }
+
+  template <class Add>
+  void finish(const Add& add) const {
+    add(kGain, gain);
+    add(kLogScale, log_scale);
+    add(kBias, bias);
+  }
+};
+
+struct NormMap {  // of the kept part
+  static constexpr bool kLight = true;
+  static constexpr bool kGivesSum = false;
+  Lanes before, scale, after;
+
+  template <class Get>
+  explicit NormMap(const Get& get)
+      : before(get(kBefore)), scale(get(kScale)), after(get(kAfter)) {}
+
+  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
+    store((load(p.v + j) + before) * scale + after, p.out + j);
+    return Lanes{};
+  }
+
+  template <class Add>
+  void finish(const Add&) const {}
+};
+
+struct NormGradients {
+  static constexpr bool kLight = true;
+  static constexpr bool kGivesSum = false;
+  Lanes scale, after;
+  Lanes log_scale{}, bias{};
+
+  template <class Get>
+  explicit NormGradients(const Get& get) : scale(get(kScale)), after(get(kAfter)) {}
+
+  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
+    const Lanes g = load(p.grad + j);
+    bias += g;
+    log_scale += g * (load(p.v + j) - after);
+    store(g * scale, p.out + j);
+    return Lanes{};
+  }
+
+  template <class Add>
+  void finish(const Add& add) const {
+    add(kLogScale, log_scale);
+    add(kBias, bias);
+  }
+};
+
+// Copies p.v of the kept part where there is no actnorm; of its gradients, p.v is the gradient.
+struct Copy {
+  static constexpr bool kLight = true;
+  static constexpr bool kGivesSum = false;
+
+  template <class Get>
+  explicit Copy(const Get&) {}
+
+  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
+    store(load(p.v + j), p.out + j);
+    return Lanes{};
+  }
+
+  template <class Add>
+  void finish(const Add&) const {}
+};
+
+inline void add_to(float* sum, Lanes value) { store(load(sum) + value, sum); }
+
+// Lines are channels: their parameters are the same in all lanes. What is left of a line after whole
+// vectors is taken in a last vector that ends with it; what that repeats does not count.
+template <class Op>
+void walk_channels(const Call& call) {
+  const Call c = call;  // what is stored to memory cannot change it
+  const Settings k = c.settings;
+  const Lanes given = c.given == nullptr ? Lanes{} : every<Lanes>(c.given[0]);
+  const int64_t whole = c.columns - c.columns % kLanes, rest = most(0, c.columns - kLanes);
+  const Some counts(whole - rest, c.columns - rest);
+  Lines p = c.first;
+  Lanes sum{};
+  for (int64_t line = 0; line < c.lines; ++line, c.advance(&p)) {
+    Op op([&](Constant kind) { return every<Lanes>(c.constants[kind][line]); });
+    Op twin = op;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= c.columns; j += 2 * kLanes) {
+      sum += op.step(k, p, j, given);
+      sum += twin.step(k, p, j + kLanes, given);
+    }
+    if (j + kLanes <= c.columns) sum += op.step(k, p, j, given);
+    const auto add = [&](Kind kind, Lanes value) { add_to(c.sums[kind] + line * kLanes, value); };
+    op.finish(add);
+    twin.finish(add);
+    if (whole < c.columns) {
+      Op last([&](Constant kind) { return every<Lanes>(c.constants[kind][line]); });
+      sum += counts.of(last.step(k, p, rest, given));
+      last.finish([&](Kind kind, Lanes value) { add(kind, counts.of(value)); });
+    }
+  }
+  if (Op::kGivesSum) c.row_sums[0] += fold(sum);
+}
+
+// So many vectors of columns down the rows, from column j on. The last one ends with the line; what it
+// repeats of the one before does not count.
+template <class Op, int vectors>
+void walk_down(const Call& call, int64_t j) {
+  const Call c = call;  // as above
+  const Settings k = c.settings;
+  const int64_t before_last = j + (vectors - 1) * kLanes;
+  const int64_t last = most(0, least(before_last, c.columns - kLanes));
+  const Some counts(before_last - last, c.columns - last);
+  struct Column {
+    Op op;
+    int64_t begin;
+  };
+  const auto column = [&](int64_t begin) {
+    return Column{Op([&](Constant kind) { return load(c.constants[kind] + begin); }), begin};
+  };
+  Column end = column(last);
+  Column whole[] = {column(j), column(vectors > 2 ? j + kLanes : j), column(vectors > 3 ? j + 2 * kLanes : j)};
+  Lines p = c.first;
+  for (int64_t line = 0; line < c.lines; ++line, c.advance(&p)) {
+    const Lanes given = c.given == nullptr ? Lanes{} : every<Lanes>(c.given[line]);
+    Lanes sum = counts.of(end.op.step(k, p, last, given));
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors - 1; ++v) sum += whole[v].op.step(k, p, j + v * kLanes, given);
+    if (Op::kGivesSum) c.row_sums[line] += fold(sum);
+  }
+  end.op.finish([&](Kind kind, Lanes value) { add_to(c.sums[kind] + last, counts.of(value)); });
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors - 1; ++v)
+    whole[v].op.finish([&](Kind kind, Lanes value) { add_to(c.sums[kind] + j + v * kLanes, value); });
+}
+
+// Along the lines, two at a time, for an Op that computes so little that the order of memory counts.
+template <class Op>
+void walk_along(const Call& call) {
+  const Call c = call;  // as above
+  const auto at = [&](const Lines& p, int64_t lines, int64_t j, const auto& counted) {
+    Lines q = p;
+    c.advance(&q);
+    Op op([&](Constant kind) { return load(c.constants[kind] + j); });
+    op.step(c.settings, p, j, Lanes{});
+    if (lines == 2) op.step(c.settings, q, j, Lanes{});
+    op.finish([&](Kind kind, Lanes value) { add_to(c.sums[kind] + j, counted(value)); });
+  };
+  const int64_t whole = c.columns - c.columns % kLanes, rest = most(0, c.columns - kLanes);
+  const Some counts(whole - rest, c.columns - rest);
+  const auto all = [](Lanes value) { return value; };
+  const auto some = [&](Lanes value) { return counts.of(value); };
+  Lines p = c.first;
+  int64_t line = 0;
+  for (; line + 2 <= c.lines; line += 2, c.advance(&p), c.advance(&p)) {
+    for (int64_t j = 0; j < whole; j += kLanes) at(p, 2, j, all);
+    if (whole < c.columns) at(p, 2, rest, some);
+  }
+  if (line < c.lines) {
+    for (int64_t j = 0; j < whole; j += kLanes) at(p, 1, j, all);
+    if (whole < c.columns) at(p, 1, rest, some);
+  }
+}
+
+template <class Op>
+void walk_rows(const Call& c) {
+  for (int64_t j = 0; j < c.columns; j += 4 * kLanes) switch ((c.columns - j - 1) / kLanes) {
+      case 0: walk_down<Op, 1>(c, j); break;
+      case 1: walk_down<Op, 2>(c, j); break;
+      case 2: walk_down<Op, 3>(c, j); break;
+      default: walk_down<Op, 4>(c, j);
+    }
+}
+
+struct Kernel {
+  decltype(&walk_rows<Copy>) by_rows, by_channels;
+
+  void operator()(const Tile& tile, const Call& call) const {
+    (tile.by_channels ? by_channels : by_rows)(call);
+  }
+};
+
+template <class Op>
+constexpr Kernel kernel() {
+  return {Op::kLight ? walk_along<Op> : walk_rows<Op>, walk_channels<Op>};
+}
+
+// --- the scales ------------------------------------------------------------------------------------
+
 struct Plain {
-  static Squashed at(float r, const Constants&) { return {r, 1.0f}; }
+  static Squashed at(Lanes r, const Settings&) { return {r, every<Lanes>(1.0f)}; }
 };
 
 struct HyperbolicTangent {
-  static Squashed at(float r, const Constants&) {
-    const Tanh tanh = vector_tanh(r);
+  static Squashed at(Lanes r, const Settings&) {
+    const Tanh<Lanes> tanh = vector_tanh(r);
     return {tanh.value, tanh.derivative};
   }
 };
 
 struct ArcTangent {
-  static Squashed at(float r, const Constants&) { return {vector_atan(r), 1.0f / (1.0f + r * r)}; }
+  static Squashed at(Lanes r, const Settings&) { return {vector_atan(r), 1.0f / (1.0f + r * r)}; }
 };
 
 struct SoftClamp {
-  static Squashed at(float r, const Constants& k) {
-    const float d = 1.0f / (1.0f + absolute(r) * k.inverse_clamp);
+  static Squashed at(Lanes r, const Settings& k) {
+    const Lanes d = 1.0f / (1.0f + absolute(r) * k.inverse_clamp);
     return {r * d, d * d};
   }
 };
 
 struct LogOfSigmoid {
-  static Squashed at(float r, const Constants&) {
-    const LogSigmoid s = vector_log_sigmoid(r + 2.0f);
+  static Squashed at(Lanes r, const Settings&) {
+    const LogSigmoid<Lanes> s = vector_log_sigmoid(r + 2.0f);
     return {s.value, s.derivative};
   }
 };
 
 struct LogOfSigmoidPlusEps {
-  static Squashed at(float r, const Constants& k) {
-    const Sigmoid s = vector_sigmoid(r + 2.0f);
-    const float scale = s.value + k.eps;
+  static Squashed at(Lanes r, const Settings& k) {
+    const Sigmoid<Lanes> s = vector_sigmoid(r + 2.0f);
+    const Lanes scale = s.value + k.eps;
     return {vector_log(scale), s.other * s.value / scale};
   }
 };
-
-// v to v·e^s + t or (v + t)·e^s, the inverse being the other order with both signs changed: those of
-// s are in `bound`, those of t in shift_factor.
-template <class Squash, bool shift_first>
-void couple(int64_t count, const Constants& constants, const float* HYBRIDFLOW_RESTRICT v,
-            const float* HYBRIDFLOW_RESTRICT raw, const float* HYBRIDFLOW_RESTRICT shift,
-            const float* HYBRIDFLOW_RESTRICT bound, float* HYBRIDFLOW_RESTRICT out,
-            float* HYBRIDFLOW_RESTRICT log_scale) {
-  const Constants k = constants;
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    const float s = bound[j] * Squash::at(k.raw_factor * raw[j], k).value;
-    const float t = k.shift_factor * shift[j], e = vector_exp(s);
-    out[j] = shift_first ? (v[j] + t) * e : v[j] * e + t;
-    log_scale[j] = s;
-  }
-}
-
-// From the output; `recover` also gives the input v, which only actnorm's gradients need.
-template <class Squash, bool shift_first, bool recover>
-void couple_gradients(int64_t count, const Constants& constants,
-                      const float* HYBRIDFLOW_RESTRICT out, const float* HYBRIDFLOW_RESTRICT grad,
-                      const float* HYBRIDFLOW_RESTRICT grad_log_det,
-                      const float* HYBRIDFLOW_RESTRICT raw, const float* HYBRIDFLOW_RESTRICT shift,
-                      const float* HYBRIDFLOW_RESTRICT bound, float* HYBRIDFLOW_RESTRICT v,
-                      float* HYBRIDFLOW_RESTRICT grad_v, float* HYBRIDFLOW_RESTRICT grad_raw,
-                      float* HYBRIDFLOW_RESTRICT grad_shift, float* HYBRIDFLOW_RESTRICT sum_gain) {
-  const Constants k = constants;
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    const Squashed f = Squash::at(k.raw_factor * raw[j], k);
-    const float s = bound[j] * f.value, t = k.shift_factor * shift[j];
-    ExpPair e;
-    if constexpr (recover)
-      e = vector_exp_pair(s);
-    else
-      e.value = vector_exp(s);
-    const float scaled = shift_first ? out[j] : out[j] - t;
-    if constexpr (recover) v[j] = shift_first ? scaled * e.inverse - t : scaled * e.inverse;
-    const float g = grad[j], ge = g * e.value, gs = g * scaled + grad_log_det[j];
-    grad_v[j] = ge;
-    grad_shift[j] = k.shift_factor * (shift_first ? ge : g);
-    grad_raw[j] = k.raw_factor * (gs * bound[j] * f.slope);
-    sum_gain[j] += gs * f.value;
-  }
-}
-
-struct Loops {
-  decltype(&couple<Plain, false>) map;
-  decltype(&couple_gradients<Plain, false, false>) gradients;
-};
-
-template <class Squash>
-Loops loops(bool shift_first, bool recover) {
-  if (shift_first)
-    return {couple<Squash, true>, recover ? couple_gradients<Squash, true, true>
-                                          : couple_gradients<Squash, true, false>};
-  return {couple<Squash, false>, recover ? couple_gradients<Squash, false, true>
-                                         : couple_gradients<Squash, false, false>};
-}
 
 enum Scale : int64_t {  // in the order of form.py
   kExp,
@@ -624,64 +610,63 @@ enum Scale : int64_t {  // in the order of form.py
   kInverseSigmoid
 };
 
-Loops choose_loops(int64_t scale, bool has_eps, bool shift_first, bool recover) {
-  switch (scale) {
+template <template <class> class Op>
+Kernel choose(const Layout& l) {
+  switch (l.scale) {
     case kTanh:
     case kTwoSigmoid:  // 2σ(r) - 1 = tanh(r / 2)
-      return loops<HyperbolicTangent>(shift_first, recover);
-    case kAtan: return loops<ArcTangent>(shift_first, recover);
-    case kSoftClamp: return loops<SoftClamp>(shift_first, recover);
+      return kernel<Op<HyperbolicTangent>>();
+    case kAtan: return kernel<Op<ArcTangent>>();
+    case kSoftClamp: return kernel<Op<SoftClamp>>();
     case kSigmoid:
     case kInverseSigmoid:
-      return has_eps ? loops<LogOfSigmoidPlusEps>(shift_first, recover)
-                     : loops<LogOfSigmoid>(shift_first, recover);
+      return l.eps > 0.0 ? kernel<Op<LogOfSigmoidPlusEps>>() : kernel<Op<LogOfSigmoid>>();
   }
-  return loops<Plain>(shift_first, recover);
+  return kernel<Op<Plain>>();
 }
 
-float amplitude(int64_t scale, double clamp) {
-  switch (scale) {
+float amplitude(const Layout& l) {
+  switch (l.scale) {
     case kTanh:
-    case kTwoSigmoid: return static_cast<float>(clamp);
-    case kAtan: return static_cast<float>(0.636 * clamp);
+    case kTwoSigmoid: return static_cast<float>(l.clamp);
+    case kAtan: return static_cast<float>(0.636 * l.clamp);
     case kInverseSigmoid: return -1.0f;
   }
   return 1.0f;
 }
 
+// --- a coupling ------------------------------------------------------------------------------------
+
 struct Coupling {
-  Coupling(const Shape& shape, int64_t moved, int64_t scale, bool shift_first, bool interleaved,
-           bool shift_leads, double clamp, double eps, double factor, const float* gain_or_null,
-           bool inverse, bool has_norm)
-      : sign(inverse ? -1.0f : 1.0f),
-        gain(gain_or_null),
-        loops(choose_loops(scale, eps > 0.0, shift_first != inverse, has_norm && !inverse)) {
-    k.raw_factor = static_cast<float>(scale == kTwoSigmoid ? 0.5 * factor : factor);
-    k.shift_factor = sign * static_cast<float>(factor);
-    k.amplitude = amplitude(scale, clamp);
-    k.inverse_clamp = static_cast<float>(1.0 / clamp);
-    k.eps = static_cast<float>(eps);
-    const int64_t step = interleaved ? 2 : 1, second = interleaved ? 1 : moved;
-    raw = {2 * moved, shift_leads ? second : 0, step, nullptr};
-    shift = {2 * moved, shift_leads ? 0 : second, step, nullptr};
-    inner = shape.inner;
+  Coupling(const Layout& l, const float* gain_or_null, const Norm& norm)
+      : gain(gain_or_null), inner(l.inner) {
+    const bool inverse = l.inverse != 0;
+    settings.order = !norm.present ? kNoNorm : inverse ? kNormLast : kNormFirst;
+    settings.shift_first = (l.shift_first != 0) != inverse;
+    settings.raw_factor = static_cast<float>(l.scale == kTwoSigmoid ? 0.5 * l.factor : l.factor);
+    settings.shift_factor = norm.sign * static_cast<float>(l.factor);
+    settings.amplitude = norm.sign * amplitude(l);
+    settings.inverse_clamp = static_cast<float>(1.0 / l.clamp);
+    settings.eps = static_cast<float>(l.eps);
+    const int64_t step = l.interleaved != 0 ? 2 : 1, second = l.interleaved != 0 ? 1 : l.moved;
+    raw = {2 * l.moved, l.shift_leads != 0 ? second : 0, step, nullptr};
+    shift = {2 * l.moved, l.shift_leads != 0 ? 0 : second, step, nullptr};
   }
 
   Array raw_of(void* params, int64_t type) const { return {params, type, inner, raw}; }
   Array shift_of(void* params, int64_t type) const { return {params, type, inner, shift}; }
 
   // What squash(raw) is multiplied by in the executed direction's s.
-  void spread_bound(const Block& block, float* to) const {
-    const float whole = sign * k.amplitude;
-    spread(block, [&](int64_t j) { return gain == nullptr ? whole : whole * gain[j]; }, to);
+  void spread(const Plan& plan, const Constants& to) const {
+    const float whole = settings.amplitude;
+    plan.spread([&](int64_t j) { return gain == nullptr ? whole : whole * gain[j]; },
+                to.of(kBound));
   }
 
-  float sign;
   const float* gain;
-  Loops loops;
-  Constants k;
-  Columns raw, shift;
   int64_t inner;
+  Settings settings;
+  Columns raw, shift;
 };
 
 // --- the split -----------------------------------------------------------------------------------
@@ -718,162 +703,170 @@ class Split {
   Memory<int64_t> permutation_;
 };
 
-void copy_tile(int64_t count, const float* from, float* to) {
-  if (from != to) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+Call call_on(const Plan& plan, const Tile& tile, const Constants& constants) {
+  Call call{};
+  call.lines = tile.lines();
+  call.columns = tile.columns();
+  for (int kind = 0; kind < kConstants; ++kind)
+    call.constants[kind] = constants.of(static_cast<Constant>(kind)) + plan.at(tile.channel);
+  return call;
 }
 
-void map_kept(const Shape& shape, const Part& part, const Block& block, int64_t first, int64_t end,
-              const Norm& norm, const Array& x, const Array& out) {
-  const NormTile norms(norm, part, block);
+void set_sums(const Plan& plan, const Tile& tile, float* const own[], Call* call) {
+  for (int kind = 0; kind < kKinds; ++kind)
+    call->sums[kind] = own[kind] + plan.sums_at(tile.channel);
+}
+
+// The sums of a part in a chunk's scratch, set to zero; returns what is beyond them.
+float* start_sums(const Plan& plan, float* scratch, float* own[]) {
+  const int64_t size = plan.sums_size();
+  fill(0.0f, kKinds * size, scratch);
+  for (int kind = 0; kind < kKinds; ++kind) own[kind] = scratch + kind * size;
+  return scratch + kKinds * size;
+}
+
+void map_kept(const Plan& plan, const Tile& tile, const Constants& constants, const Norm& norm,
+              const Array& x, const Array& out) {
   Buffer<float> from, to;
-  block.for_each_tile(first * shape.outer, end * shape.outer, [&](const Tile& tile) {
-    const float* v = load(x, tile, from);
-    float* y = target(out, tile, to);
-    if (norm.present)
-      norms.map(tile.count(), v, y);
-    else
-      copy_tile(tile.count(), v, y);
-    store(out, tile, y);
-  });
+  const View v = load(x, tile, from), y = target(out, tile, to);
+  Call call = call_on(plan, tile, constants);
+  call.first.v = v.data, call.v_stride = v.stride;
+  call.first.out = y.data, call.out_stride = y.stride;
+  (norm.present ? kernel<NormMap>() : kernel<Copy>())(tile, call);
+  store(out, tile, to);
 }
 
-void gradients_kept(const Shape& shape, const Part& part, const Block& block, int64_t chunk,
-                    int64_t first, int64_t end, const Norm& norm, const Array& out,
-                    const Array& grad, const Array& grad_x, const Sums& sums) {
-  NormTile norms(norm, part, block);
-  norms.start_gradients(part, block);
+void gradients_kept(const Plan& plan, const Tile& tile, const Constants& constants,
+                    const Norm& norm, const Array& out, const Array& grad, const Array& grad_x,
+                    float* const own[]) {
   Buffer<float> from_out, from_grad, to;
-  block.for_each_tile(first * shape.outer, end * shape.outer, [&](const Tile& tile) {
-    const float* g = load(grad, tile, from_grad);
-    float* gx = target(grad_x, tile, to);
-    if (norm.present)
-      norms.gradients(tile.count(), load(out, tile, from_out), g, gx);
-    else
-      copy_tile(tile.count(), g, gx);
-    store(grad_x, tile, gx);
-  });
-  norms.finish(part, block, sums, chunk);
+  const View g = load(grad, tile, from_grad), gx = target(grad_x, tile, to);
+  const View v = norm.present ? load(out, tile, from_out) : g;
+  Call call = call_on(plan, tile, constants);
+  set_sums(plan, tile, own, &call);
+  call.first.v = v.data, call.v_stride = v.stride;
+  call.first.grad = g.data, call.grad_stride = g.stride;
+  call.first.out = gx.data, call.out_stride = gx.stride;
+  (norm.present ? kernel<NormGradients>() : kernel<Copy>())(tile, call);
+  store(grad_x, tile, to);
 }
 
 }  // namespace
 
 // x, log_scale, bias, index or null -> a, (samples, channels - moved, ...), as reference.identity.
 HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity)
-(void* x, const float* log_scale, const float* bias, const int64_t* index, void* a, int64_t x_type,
- int64_t samples, int64_t channels, int64_t outer, int64_t inner, int64_t moved, int64_t flip,
- int64_t norm_shift_first, int64_t threads) {
-  const Shape shape{samples, channels, outer, inner};
-  const Split split(shape, moved, flip != 0, index);
+(void* x, const float* log_scale, const float* bias, const int64_t* index, void* a, const Layout* layout,
+ int64_t threads) {
+  const Layout& l = *layout;
+  const Shape shape = l.shape();
+  const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
-  const Norm norm(log_scale, bias, channels, norm_shift_first != 0, false);
-  const Part& kept = split.kept;
-  const Array from{x, x_type, inner, kept.columns};
-  const Array to{a, x_type, inner, {kept.channels, 0, 1, nullptr}};
+  const Norm norm(log_scale, bias, l, false);
+  const Plan plan(shape, split.kept, l.x_type == kFloat32, false);
+  const Constants constants(plan);
+  norm.spread(plan, constants);
+  const Array from{x, l.x_type, l.inner, split.kept.columns};
+  const Array to{a, l.x_type, l.inner, {split.kept.channels, 0, 1, nullptr}};
   const Chunks chunks(shape);
-  for_each_item(
-      shape, chunks, Blocks(shape, chunks, kept), Blocks(shape, chunks, {}), threads,
-      [&](const Block& block, int64_t, int64_t first, int64_t end) {
-        map_kept(shape, kept, block, first, end, norm, from, to);
-      },
-      [](const Block&, int64_t, int64_t, int64_t) {});
+  for_each_chunk(shape, chunks, 0, threads, [&](int64_t, int64_t begin, int64_t end, float*) {
+    plan.for_each_tile(begin, end, [&](const Tile& tile) {
+      map_kept(plan, tile, constants, norm, from, to);
+    });
+  });
   return 1;
 }
 
 // As reference.identity_backward.
 HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
 (void* grad, void* a, const float* log_scale, const float* bias, const int64_t* index, void* grad_kept,
- float* grad_log_scale, float* grad_bias, int64_t x_type, int64_t samples, int64_t channels,
- int64_t outer, int64_t inner, int64_t moved, int64_t flip, int64_t norm_shift_first,
- int64_t threads) {
-  const Shape shape{samples, channels, outer, inner};
-  const Split split(shape, moved, flip != 0, index);
+ float* grad_log_scale, float* grad_bias, const Layout* layout, int64_t threads) {
+  const Layout& l = *layout;
+  const Shape shape = l.shape();
+  const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
-  const Norm norm(log_scale, bias, channels, norm_shift_first != 0, false);
-  const Part& kept = split.kept;
-  const Columns columns{kept.channels, 0, 1, nullptr};
-  const Array from_out{a, x_type, inner, columns}, from_grad{grad, x_type, inner, columns};
-  const Array to{grad_kept, x_type, inner, columns};
+  const Norm norm(log_scale, bias, l, false);
+  const Plan plan(shape, split.kept, l.x_type == kFloat32, false);
+  const Constants constants(plan);
+  norm.spread(plan, constants);
+  const Columns columns{split.kept.channels, 0, 1, nullptr};
+  const Array from_out{a, l.x_type, l.inner, columns}, from_grad{grad, l.x_type, l.inner, columns};
+  const Array to{grad_kept, l.x_type, l.inner, columns};
   const Chunks chunks(shape);
   const Sums sums(shape, chunks);
-  for_each_item(
-      shape, chunks, Blocks(shape, chunks, kept), Blocks(shape, chunks, split.moved), threads,
-      [&](const Block& block, int64_t chunk, int64_t first, int64_t end) {
-        gradients_kept(shape, kept, block, chunk, first, end, norm, from_out, from_grad, to, sums);
-      },
-      [&](const Block& block, int64_t chunk, int64_t, int64_t) {
-        for (int64_t j = 0; j < block.channels; ++j) {
-          const int64_t channel = split.moved.columns[block.channel + j];
+  for_each_chunk(
+      shape, chunks, kKinds * plan.sums_size(), threads,
+      [&](int64_t chunk, int64_t begin, int64_t end, float* scratch) {
+        float* own[kKinds];
+        start_sums(plan, scratch, own);
+        plan.for_each_tile(begin, end, [&](const Tile& tile) {
+          gradients_kept(plan, tile, constants, norm, from_out, from_grad, to, own);
+        });
+        norm.gather(plan, own, sums, chunk);
+        for (int64_t j = 0; j < split.moved.channels; ++j) {
+          const int64_t channel = split.moved.columns[j];
           sums.at(chunk, kLogScale)[channel] = sums.at(chunk, kBias)[channel] = 0.0f;
         }
       });
-  norm.finish(sums, channels, 0.0, grad_log_scale, grad_bias);
+  norm.finish(sums, l.channels, 0.0, grad_log_scale, grad_bias);
   return 1;
 }
 
 // As reference.map; params, log_scale with bias, gain, log_det_in and index may be null.
 HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling)
 (void* x, void* params, const float* log_scale, const float* bias, const float* gain,
- const float* log_det_in, const int64_t* index, void* out, float* log_det, int64_t x_type,
- int64_t params_type, int64_t samples, int64_t channels, int64_t outer, int64_t inner,
- int64_t moved, int64_t flip, int64_t inverse, int64_t norm_shift_first, int64_t scale,
- int64_t shift_first, int64_t interleaved, int64_t shift_leads, double clamp, double eps,
- double factor, int64_t threads) {
-  const Shape shape{samples, channels, outer, inner};
-  const Split split(shape, moved, flip != 0, index);
+ const float* log_det_in, const int64_t* index, void* out, float* log_det,
+ const Layout* layout, int64_t threads) {
+  const Layout& l = *layout;
+  const Shape shape = l.shape();
+  const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
-  const Norm norm(log_scale, bias, channels, norm_shift_first != 0, inverse != 0);
-  const Coupling coupling(shape, moved, scale, shift_first != 0, interleaved != 0,
-                          shift_leads != 0, clamp, eps, factor, gain, inverse != 0, norm.present);
-  const Array from_kept{x, x_type, inner, split.kept.columns};
-  const Array to_kept{out, x_type, inner, split.kept.columns};
-  const Array from{x, x_type, inner, split.moved.columns};
-  const Array to{out, x_type, inner, split.moved.columns};
-  const Array raw = coupling.raw_of(params, params_type);
-  const Array shift = coupling.shift_of(params, params_type);
+  const Norm norm(log_scale, bias, l, l.inverse != 0);
+  const Coupling coupling(l, gain, norm);
+  const Kernel kernel = choose<Map>(l);
+  const bool all_float32 = l.x_type == kFloat32 && l.params_type == kFloat32;
+  const Plan kept_plan(shape, split.kept, l.x_type == kFloat32, false);
+  const Plan moved_plan(shape, split.moved, all_float32, l.interleaved != 0);
+  const Constants kept_constants(kept_plan), moved_constants(moved_plan);
+  norm.spread(kept_plan, kept_constants);
+  norm.spread(moved_plan, moved_constants);
+  coupling.spread(moved_plan, moved_constants);
+  const Array from_kept{x, l.x_type, l.inner, split.kept.columns};
+  const Array to_kept{out, l.x_type, l.inner, split.kept.columns};
+  const Array from{x, l.x_type, l.inner, split.moved.columns};
+  const Array to{out, l.x_type, l.inner, split.moved.columns};
+  const Array raw = coupling.raw_of(params, l.params_type);
+  const Array shift = coupling.shift_of(params, l.params_type);
+  const double of_norm = norm.present ? sum_double(log_scale, l.channels) : 0.0;
+  const float constant = norm.sign * static_cast<float>(of_norm * static_cast<double>(l.outer * l.inner));
   const Chunks chunks(shape);
-  const Blocks blocks(shape, chunks, split.moved);
-  const Memory<float> sums(blocks.count * samples);  // of s per block and sample
 
-  for_each_item(
-      shape, chunks, Blocks(shape, chunks, split.kept), blocks, threads,
-      [&](const Block& block, int64_t, int64_t first, int64_t end) {
-        map_kept(shape, split.kept, block, first, end, norm, from_kept, to_kept);
-      },
-      [&](const Block& block, int64_t, int64_t first, int64_t end) {
-        const NormTile norms(norm, split.moved, block);
-        Buffer<float> bound;
-        coupling.spread_bound(block, bound);
-        Buffer<float> from_x, from_raw, from_shift;
-        Buffer<float> between, to_out, s;
-        float* own = sums + block.number * samples;
-        fill(0.0f, end - first, own + first);
-        block.for_each_tile(first * outer, end * outer, [&](const Tile& tile) {
-          const int64_t n = tile.count();
-          const float* v = load(from, tile, from_x);
-          const float* r = load(raw, tile, from_raw);
-          const float* t = load(shift, tile, from_shift);
-          float* y = target(to, tile, to_out);
-          if (norm.present && inverse == 0) {
-            norms.map(n, v, between);
-            coupling.loops.map(n, coupling.k, between, r, t, bound, y, s);
-          } else if (norm.present) {
-            coupling.loops.map(n, coupling.k, v, r, t, bound, between, s);
-            norms.map(n, between, y);
-          } else {
-            coupling.loops.map(n, coupling.k, v, r, t, bound, y, s);
-          }
-          store(to, tile, y);
-          add_by_sample(shape, tile, s, own);
-        });
-      });
-
-  const double of_norm = norm.present ? sum_double(log_scale, channels) : 0.0;
-  const float constant = norm.sign * static_cast<float>(of_norm * static_cast<double>(outer * inner));
-  for (int64_t b = 1; b < blocks.count; ++b) add(sums + b * samples, samples, sums);
-  for (int64_t i = 0; i < samples; ++i) {
-    const float own = constant + (blocks.count > 0 ? sums[i] : 0.0f);
-    log_det[i] = log_det_in == nullptr ? own : log_det_in[i] + own;
-  }
+  for_each_chunk(shape, chunks, 0, threads, [&](int64_t, int64_t begin, int64_t end, float*) {
+    for (int64_t i = begin / l.outer; i < end / l.outer; ++i)
+      log_det[i] = log_det_in == nullptr ? constant : log_det_in[i] + constant;
+    const auto map_moved = [&](const Tile& tile) {
+      Buffer<float> from_x, from_raw, from_shift, to_out;
+      float sums[kTile] = {};
+      const View v = load(from, tile, from_x), r = load(raw, tile, from_raw);
+      const View t = load(shift, tile, from_shift), y = target(to, tile, to_out);
+      Call call = call_on(moved_plan, tile, moved_constants);
+      call.settings = coupling.settings;
+      call.first.v = v.data, call.v_stride = v.stride;
+      call.first.raw = r.data, call.raw_stride = r.stride;
+      call.first.shift = t.data, call.shift_stride = t.stride;
+      call.first.out = y.data, call.out_stride = y.stride;
+      call.row_sums = sums;
+      kernel(tile, call);
+      store(to, tile, to_out);
+      for (int64_t line = 0; line < tile.sums(); ++line)
+        log_det[(tile.row + line * tile.group) / l.outer] += sums[line];
+    };
+    take_turns(
+        kept_plan, moved_plan, begin, end,
+        [&](const Tile& tile) {
+          map_kept(kept_plan, tile, kept_constants, norm, from_kept, to_kept);
+        },
+        map_moved);
+  });
   return 1;
 }
 
@@ -882,80 +875,80 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling)
 HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling_backward)
 (void* grad, const float* grad_log_det, void* out, void* params, const float* log_scale,
  const float* bias, const float* gain, const int64_t* index, void* grad_x, void* grad_params,
- float* grad_log_scale, float* grad_bias, float* grad_gain, int64_t x_type, int64_t params_type,
- int64_t samples, int64_t channels, int64_t outer, int64_t inner, int64_t moved, int64_t flip,
- int64_t inverse, int64_t norm_shift_first, int64_t scale, int64_t shift_first,
- int64_t interleaved, int64_t shift_leads, double clamp, double eps, double factor,
+ float* grad_log_scale, float* grad_bias, float* grad_gain, const Layout* layout,
  int64_t threads) {
-  const Shape shape{samples, channels, outer, inner};
-  const Split split(shape, moved, flip != 0, index);
+  const Layout& l = *layout;
+  const Shape shape = l.shape();
+  const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
-  const Norm norm(log_scale, bias, channels, norm_shift_first != 0, inverse != 0);
-  const Coupling coupling(shape, moved, scale, shift_first != 0, interleaved != 0,
-                          shift_leads != 0, clamp, eps, factor, gain, inverse != 0, norm.present);
+  const Norm norm(log_scale, bias, l, l.inverse != 0);
+  const Coupling coupling(l, gain, norm);
+  const Kernel kernel = choose<Gradients>(l);
+  const bool all_float32 = l.x_type == kFloat32 && l.params_type == kFloat32;
+  const Plan kept_plan(shape, split.kept, l.x_type == kFloat32, false);
+  const Plan moved_plan(shape, split.moved, all_float32, l.interleaved != 0);
+  const Constants kept_constants(kept_plan), moved_constants(moved_plan);
+  norm.spread(kept_plan, kept_constants);
+  norm.spread(moved_plan, moved_constants);
+  coupling.spread(moved_plan, moved_constants);
   const Columns& kept = split.kept.columns;
-  const Array out_kept{out, x_type, inner, kept}, grad_kept{grad, x_type, inner, kept};
-  const Array grad_x_kept{grad_x, x_type, inner, kept};
+  const Array out_kept{out, l.x_type, l.inner, kept}, grad_kept{grad, l.x_type, l.inner, kept};
+  const Array grad_x_kept{grad_x, l.x_type, l.inner, kept};
   const Columns& columns = split.moved.columns;
-  const Array out_moved{out, x_type, inner, columns}, grad_moved{grad, x_type, inner, columns};
-  const Array grad_x_moved{grad_x, x_type, inner, columns};
-  const Array raw = coupling.raw_of(params, params_type);
-  const Array shift = coupling.shift_of(params, params_type);
-  const Array grad_raw = coupling.raw_of(grad_params, params_type);
-  const Array grad_shift = coupling.shift_of(grad_params, params_type);
+  const Array out_moved{out, l.x_type, l.inner, columns}, grad_moved{grad, l.x_type, l.inner, columns};
+  const Array grad_x_moved{grad_x, l.x_type, l.inner, columns};
+  const Array raw = coupling.raw_of(params, l.params_type);
+  const Array shift = coupling.shift_of(params, l.params_type);
+  const Array grad_raw = coupling.raw_of(grad_params, l.params_type);
+  const Array grad_shift = coupling.shift_of(grad_params, l.params_type);
   const Chunks chunks(shape);
   const Sums sums(shape, chunks);
 
-  for_each_item(
-      shape, chunks, Blocks(shape, chunks, split.kept), Blocks(shape, chunks, split.moved), threads,
-      [&](const Block& block, int64_t chunk, int64_t first, int64_t end) {
-        gradients_kept(shape, split.kept, block, chunk, first, end, norm, out_kept, grad_kept,
-                       grad_x_kept, sums);
-      },
-      [&](const Block& block, int64_t chunk, int64_t first, int64_t end) {
-        NormTile norms(norm, split.moved, block);
-        norms.start_gradients(split.moved, block);
-        Buffer<float> bound, sum_gain, g_log_det;
-        coupling.spread_bound(block, bound);
-        fill(0.0f, block.count(), sum_gain);
-        Buffer<float> from_out, from_grad, from_raw, from_shift;
-        Buffer<float> v_between, g_between;
-        Buffer<float> to_x, to_raw, to_shift;
-        block.for_each_tile(first * outer, end * outer, [&](const Tile& tile) {
-          const int64_t n = tile.count();
-          const float* v = load(out_moved, tile, from_out);
-          const float* g = load(grad_moved, tile, from_grad);
-          const float* r = load(raw, tile, from_raw);
-          const float* t = load(shift, tile, from_shift);
-          float* gx = target(grad_x_moved, tile, to_x);
-          float* gr = target(grad_raw, tile, to_raw);
-          float* gt = target(grad_shift, tile, to_shift);
-          spread_by_sample(shape, tile, grad_log_det, g_log_det);
-          if (norm.present && inverse == 0) {
-            coupling.loops.gradients(n, coupling.k, v, g, g_log_det, r, t, bound, v_between,
-                                     g_between, gr, gt, sum_gain);
-            norms.gradients(n, v_between, g_between, gx);
-          } else if (norm.present) {
-            norms.gradients(n, v, g, g_between);
-            norms.invert(n, v, v_between);
-            coupling.loops.gradients(n, coupling.k, v_between, g_between, g_log_det, r, t, bound,
-                                     nullptr, gx, gr, gt, sum_gain);
-          } else {
-            coupling.loops.gradients(n, coupling.k, v, g, g_log_det, r, t, bound, nullptr, gx, gr,
-                                     gt, sum_gain);
-          }
-          store(grad_x_moved, tile, gx);
-          store(grad_raw, tile, gr);
-          store(grad_shift, tile, gt);
-        });
-        norms.finish(split.moved, block, sums, chunk);
+  for_each_chunk(
+      shape, chunks, kKinds * (kept_plan.sums_size() + moved_plan.sums_size()), threads,
+      [&](int64_t chunk, int64_t begin, int64_t end, float* scratch) {
+        float *of_kept[kKinds], *of_moved[kKinds];
+        start_sums(moved_plan, start_sums(kept_plan, scratch, of_kept), of_moved);
+        const auto gradients_moved = [&](const Tile& tile) {
+          Buffer<float> from_out, from_grad, from_raw, from_shift, to_x, to_raw, to_shift;
+          float per_line[kTile];
+          for (int64_t line = 0; line < tile.sums(); ++line)
+            per_line[line] = grad_log_det[(tile.row + line * tile.group) / l.outer];
+          const View v = load(out_moved, tile, from_out), g = load(grad_moved, tile, from_grad);
+          const View r = load(raw, tile, from_raw), t = load(shift, tile, from_shift);
+          const View gx = target(grad_x_moved, tile, to_x);
+          const View gr = target(grad_raw, tile, to_raw);
+          const View gt = target(grad_shift, tile, to_shift);
+          Call call = call_on(moved_plan, tile, moved_constants);
+          set_sums(moved_plan, tile, of_moved, &call);
+          call.settings = coupling.settings;
+          call.first = {v.data, g.data, r.data, t.data, gx.data, gr.data, gt.data};
+          call.v_stride = v.stride, call.grad_stride = g.stride;
+          call.raw_stride = r.stride, call.shift_stride = t.stride;
+          call.out_stride = gx.stride;
+          call.grad_raw_stride = gr.stride, call.grad_shift_stride = gt.stride;
+          call.given = per_line;
+          kernel(tile, call);
+          store(grad_x_moved, tile, to_x);
+          store(grad_raw, tile, to_raw);
+          store(grad_shift, tile, to_shift);
+        };
+        take_turns(
+            kept_plan, moved_plan, begin, end,
+            [&](const Tile& tile) {
+              gradients_kept(kept_plan, tile, kept_constants, norm, out_kept, grad_kept,
+                             grad_x_kept, of_kept);
+            },
+            gradients_moved);
+        norm.gather(kept_plan, of_kept, sums, chunk);
+        norm.gather(moved_plan, of_moved, sums, chunk);
         float* to_gain = sums.at(chunk, kGain);
-        gather_sums(block, sum_gain, [&](int64_t j, float value) { to_gain[j] = value; });
+        moved_plan.gather(of_moved[kGain], [&](int64_t j, float value) { to_gain[j] = value; });
       });
 
-  const double positions = static_cast<double>(outer * inner);
-  norm.finish(sums, channels, positions * sum_double(grad_log_det, samples), grad_log_scale,
+  const double positions = static_cast<double>(l.outer * l.inner);
+  norm.finish(sums, l.channels, positions * sum_double(grad_log_det, l.samples), grad_log_scale,
               grad_bias);
-  if (gain != nullptr) sums.total(kGain, coupling.sign * coupling.k.amplitude, moved, grad_gain);
+  if (gain != nullptr) sums.total(kGain, coupling.settings.amplitude, l.moved, grad_gain);
   return 1;
 }

@@ -1,5 +1,6 @@
 """Launchers of native.cpp: CPU tensors of 32 and 16 bits in the formats of op.py, as in reference.py."""
 
+import ctypes
 import functools
 import math
 from typing import get_args
@@ -16,28 +17,47 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # native.cpp: 
 _SCALES = get_args(Scale)  # native.cpp: Scale
 
 
-@functools.cache
-def _choices(form: str) -> tuple[int | float, ...]:
-    """A form, by its key, as native.cpp wants it."""
-    f = CouplingForm.parse(form)
-    return (
-        int(f.norm_shift_first),
-        _SCALES.index(f.scale),
-        int(f.shift_first),
-        int(f.interleaved),
-        int(f.leading == "shift"),
-        float(f.clamp),
-        float(f.eps),
-        float(f.factor),
+class _Layout(ctypes.Structure):
+    """What a call is like, beside its operands: native.cpp's struct of this name."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("x_type", "params_type")),
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "outer", "inner", "moved")),
+        *((name, ctypes.c_int64) for name in ("flip", "inverse", "norm_shift_first", "scale")),
+        *((name, ctypes.c_int64) for name in ("shift_first", "interleaved", "shift_leads")),
+        *((name, ctypes.c_double) for name in ("clamp", "eps", "factor")),
     )
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """Samples, channels, and the numbers of positions outside and inside the channels' dimension."""
-    samples, channels, *spatial = x.shape
+@functools.lru_cache(maxsize=1024)
+def _layout(
+    shape: torch.Size,
+    contiguous: bool,
+    dtype: torch.dtype,
+    params_dtype: torch.dtype,
+    moved: int,
+    form: str,
+    flip: bool,
+    inverse: bool,
+) -> native.Reference:
+    """A reference to the layout, which it keeps alive."""
+    samples, channels, *spatial = shape
     positions = math.prod(spatial)
-    around = (1, positions) if x.is_contiguous() else (positions, 1)
-    return samples, channels, *around
+    f = CouplingForm.parse(form)
+    layout = _Layout(
+        *(_TYPES[dtype], _TYPES[params_dtype], samples, channels),
+        *((1, positions) if contiguous else (positions, 1)),
+        *(moved, flip, inverse, f.norm_shift_first, _SCALES.index(f.scale)),
+        *(f.shift_first, f.interleaved, f.leading == "shift", f.clamp, f.eps, f.factor),
+    )
+    return ctypes.byref(layout)
+
+
+def _layout_of(
+    x: Tensor, params: Tensor | None, form: CouplingForm, flip: bool, inverse: bool
+) -> native.Reference:
+    moved, of_params = (0, x.dtype) if params is None else (params.shape[1] // 2, params.dtype)
+    return _layout(x.shape, x.is_contiguous(), x.dtype, of_params, moved, form.key, flip, inverse)
 
 
 def _new(like: Tensor, channels: int) -> Tensor:
@@ -84,11 +104,9 @@ def identity(
     flip: bool,
 ) -> Tensor:
     a = _new(x, x.shape[1] - moved)
-    accepted = native.load().accepts(
-        "actnorm_identity",
-        *(x, _float(log_scale), _float(bias), index, a),
-        *(_TYPES[x.dtype], *_sizes(x), moved, int(flip), int(form.norm_shift_first)),
-    )
+    layout = _layout(x.shape, x.is_contiguous(), x.dtype, x.dtype, moved, form.key, flip, False)
+    operands = (x, _float(log_scale), _float(bias), index, a)
+    accepted = native.load().accepts("actnorm_identity", *operands, layout)
     if not accepted:
         raise _refuse(index)
     return a
@@ -105,26 +123,16 @@ def identity_backward(
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_kept = torch.empty_like(a)
-    grad_log_scale, grad_bias = _gradient_of(log_scale), _gradient_of(bias)
-    samples, kept, *positions = _sizes(a)
+    grads = _gradient_of(log_scale), _gradient_of(bias)
+    shape = torch.Size((a.shape[0], a.shape[1] + moved, *a.shape[2:]))
+    layout = _layout(shape, a.is_contiguous(), a.dtype, a.dtype, moved, form.key, flip, False)
+    operands = (_in(a.dtype, grad), a, _float(log_scale), _float(bias), index)
     accepted = native.load().accepts(
-        "actnorm_identity_backward",
-        *(
-            _in(a.dtype, grad),
-            a,
-            _float(log_scale),
-            _float(bias),
-            index,
-            grad_kept,
-            grad_log_scale,
-            grad_bias,
-        ),
-        *(_TYPES[a.dtype], samples, kept + moved, *positions),
-        *(moved, int(flip), int(form.norm_shift_first)),
+        "actnorm_identity_backward", *operands, grad_kept, *grads, layout
     )
     if not accepted:
         raise _refuse(index)
-    return grad_kept, _as(grad_log_scale, log_scale), _as(grad_bias, bias)  # type: ignore[return-value]
+    return grad_kept, _as(grads[0], log_scale), _as(grads[1], bias)  # type: ignore[return-value]
 
 
 def map(
@@ -140,12 +148,10 @@ def map(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     out, total = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
-    moved = 0 if params is None else params.shape[1] // 2
     accepted = native.load().accepts(
         "actnorm_coupling",
         *(x, params, _float(log_scale), _float(bias), _float(gain), log_det, index, out, total),
-        *(_TYPES[x.dtype], 0 if params is None else _TYPES[params.dtype], *_sizes(x)),
-        *(moved, int(flip), int(inverse), *_choices(form.key)),
+        _layout_of(x, params, form, flip, inverse),
     )
     if not accepted:
         raise _refuse(index)
@@ -167,27 +173,18 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     grad_x = torch.empty_like(out)
     grad_params = None if params is None else torch.empty_like(params)
-    vectors = log_scale, bias, gain
-    grads = [_gradient_of(v) for v in vectors]
+    grads = _gradient_of(log_scale), _gradient_of(bias), _gradient_of(gain)
     accepted = native.load().accepts(
         "actnorm_coupling_backward",
-        *(
-            _in(out.dtype, grad_out),
-            _float(grad_log_det),
-            out,
-            params,
-            *(_float(v) for v in vectors),
-            index,
-        ),
+        *(_in(out.dtype, grad_out), _float(grad_log_det), out, params),
+        *(_float(log_scale), _float(bias), _float(gain), index),
         *(grad_x, grad_params, *grads),
-        *(_TYPES[out.dtype], 0 if params is None else _TYPES[params.dtype], *_sizes(out)),
-        *(0 if params is None else params.shape[1] // 2, int(flip), int(inverse)),
-        *_choices(form.key),
+        _layout_of(out, params, form, flip, inverse),
     )
     if not accepted:
         raise _refuse(index)
     return (
         grad_x,
         grad_params,
-        *(_as(g, v) for g, v in zip(grads, vectors, strict=True)),  # type: ignore[return-value]
+        *(_as(grads[0], log_scale), _as(grads[1], bias), _as(grads[2], gain)),
     )

@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, check_float, operator
+from .._operator import check, check_float, first_order, operator
 from . import native_impl, reference
 from .form import PLAIN, CouplingForm
 
 __all__ = ["actnorm_coupling", "actnorm_coupling_inverse", "actnorm_identity", "apply"]
 
 
-def _implementation(*tensors: Tensor | None) -> ModuleType:
-    backend = _backend.choose(*tensors)
+def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+    backend = _backend.choose(x, *others)
     if backend == "triton":
         from . import triton_impl  # only here: triton is not installed everywhere
 
@@ -35,11 +34,14 @@ def _is_channels_last(x: Tensor) -> bool:
     )
 
 
-def _arranged(x: Tensor, like: Tensor) -> Tensor:
-    """In the memory format of `like`: channels-last or contiguous."""
-    if _is_channels_last(like):
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
+def _arranged(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """In the memory format of x: channels-last or contiguous."""
+    if x.is_contiguous():
+        return [x, *(None if t is None else t.contiguous() for t in others)]
+    if not _is_channels_last(x):
+        return _arranged(x.contiguous(), *others)
+    last = torch.channels_last
+    return [x, *(None if t is None else t.contiguous(memory_format=last) for t in others)]
 
 
 def _vectors(*values: Tensor | None) -> list[Any]:
@@ -58,7 +60,7 @@ def _identity_body(
     form: str,
     flip: bool,
 ) -> Tensor:
-    operands = (_arranged(x, x), *_vectors(log_scale, bias, index))
+    operands = (*_arranged(x), *_vectors(log_scale, bias, index))
     implementation = _implementation(*operands[:3])
     return implementation.identity(*operands, moved, CouplingForm.parse(form), flip)
 
@@ -73,7 +75,8 @@ def _identity_backward_body(
     form: str,
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operands = (_arranged(grad, a), _arranged(a, a), *_vectors(log_scale, bias, index))
+    a, grad = _arranged(a, grad)
+    operands = (grad, a, *_vectors(log_scale, bias, index))
     implementation = _implementation(*operands[:4])
     return implementation.identity_backward(*operands, moved, CouplingForm.parse(form), flip)
 
@@ -90,13 +93,31 @@ def _map_body(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    operands = (
-        _arranged(x, x),
-        None if params is None else _arranged(params, x),
-        *_vectors(log_scale, bias, gain, log_det, index),
-    )
+    operands = (*_arranged(x, params), *_vectors(log_scale, bias, gain, log_det, index))
     implementation = _implementation(*operands[:6])
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
+
+
+def _gradients_eager(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    params: Tensor | None,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    index: Tensor | None,
+    form: str,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor | None, ...]:
+    out, grad, params = _arranged(out, grad, params)
+    operands = (
+        *(grad, grad_log_det.contiguous(), out, params),
+        *_vectors(log_scale, bias, gain, index),
+    )
+    implementation = _implementation(*operands[:7])
+    return implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
 
 
 def _gradients_body(
@@ -112,16 +133,9 @@ def _gradients_body(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    operands = (
-        _arranged(grad, out),
-        grad_log_det.contiguous(),
-        _arranged(out, out),
-        None if params is None else _arranged(params, out),
-        *_vectors(log_scale, bias, gain, index),
-    )
-    implementation = _implementation(*operands[:7])
-    grads = implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
-    # An operator returns tensors only: an empty one stands for that of an operand not given.
+    """An operator returns tensors only: an empty one stands for that of an operand not given."""
+    operands = (params, log_scale, bias, gain, index)
+    grads = _gradients_eager(grad, grad_log_det, out, *operands, form, flip, inverse)
     return tuple(out.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
@@ -189,7 +203,9 @@ identity_backward_operator = operator(
     "actnorm_identity_backward", _identity_backward_body, _identity_backward_fake
 )
 map_operator = operator("actnorm_coupling", _map_body, _map_fake)
-gradients_operator = operator("actnorm_coupling_backward", _gradients_body, _gradients_fake)
+gradients_operator = operator(
+    "actnorm_coupling_backward", _gradients_body, _gradients_fake, eager=_gradients_eager
+)
 
 
 # --- autograd: only the output and the conditioner's output are kept -----------------------------
@@ -211,7 +227,7 @@ class _Identity(torch.autograd.Function):
         return a
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, index = ctx.saved_tensors
         moved, _, flip = ctx.choices
@@ -250,7 +266,7 @@ class _Tap(torch.autograd.Function):
         return a, x
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_a: Tensor | None, grad_x: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -313,7 +329,7 @@ class _Coupling(torch.autograd.Function):
         return out, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:

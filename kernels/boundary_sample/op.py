@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check_float, operator
+from .._operator import check_float, first_order, operator
 from .._philox import choose_seed
 from . import native_impl, reference
 
 __all__ = ["boundary_sample"]
 
 
-def _implementation(*tensors: Tensor) -> ModuleType:
-    backend = _backend.choose(*tensors)
+def _implementation(x: Tensor, *others: Tensor) -> ModuleType:
+    backend = _backend.choose(x, *others)
     if backend == "triton":
         from . import triton_impl  # only here: triton is not installed everywhere
 
@@ -79,7 +78,7 @@ class _BoundarySample(torch.autograd.Function):
         return z, labels
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_z: Tensor | None, grad_labels: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, check_float, operator
+from .._operator import check, check_float, first_order, operator
 from .._philox import choose_seed
 from . import native_impl, reference
 
 __all__ = ["dequantize_logit", "logit_transform", "logit_transform_inverse"]
 
 
-def _implementation(*tensors: Tensor | None) -> ModuleType:
-    backend = _backend.choose(*tensors)
+def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+    backend = _backend.choose(x, *others)
     if backend == "triton":
         from . import triton_impl  # only here: triton is not installed everywhere
 
@@ -113,7 +112,7 @@ class _Dequantize(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, grad_total, None, None
 
@@ -128,7 +127,7 @@ class _Logit(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -153,7 +152,7 @@ class _Inverse(torch.autograd.Function):
         return _inverse(y, alpha)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         return _inverse_backward(grad, y, ctx.alpha), None

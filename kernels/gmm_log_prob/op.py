@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, check_float, operator
+from .._operator import check, check_float, first_order, operator
 from . import native_impl, reference
 
 __all__ = ["GmmLogProb", "gmm_log_prob"]
@@ -22,8 +21,8 @@ class GmmLogProb(NamedTuple):
     posterior: Tensor
 
 
-def _implementation(*tensors: Tensor) -> ModuleType:
-    backend = _backend.choose(*tensors)
+def _implementation(x: Tensor, *others: Tensor) -> ModuleType:
+    backend = _backend.choose(x, *others)
     if backend == "triton":
         from . import triton_impl  # only here: triton is not installed everywhere
 
@@ -108,7 +107,7 @@ class _GmmLogProb(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return *_backward(*grads, *ctx.saved_tensors), None
 

@@ -18,13 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INSTRUCTION_SETS", "NativeLibraryError", "available", "load", "why_missing"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "NativeLibraryError",
+    "Reference",
+    "available",
+    "load",
+    "why_missing",
+]
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 """Best first; a library or a processor may lack the first two."""
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _PATH = Path(__file__).with_name(f"libhybridflow_native{_SUFFIX}")
+
+
+Reference = Any  # what ctypes.byref gives
+Argument = Tensor | Reference | int | float | None
 
 
 class NativeLibraryError(RuntimeError):
@@ -53,35 +64,36 @@ class Library:
         finally:
             self.isa = before
 
-    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """Call `name`: tensors (contiguous, on the CPU) pass as pointers and None as a null pointer,
-        integers as int64_t, floats as double; the number of threads torch uses now comes last."""
+    def call(self, name: str, *arguments: Argument) -> None:
+        """Call `name`: tensors (contiguous, on the CPU) and references pass as pointers and None as a
+        null pointer, integers as int64_t, floats as double; the number of threads torch uses now comes
+        last."""
         self._run(name, arguments)
 
-    def accepts(self, name: str, *arguments: Tensor | int | float | None) -> bool:
+    def accepts(self, name: str, *arguments: Argument) -> bool:
         """`call` for a function that checks its operands: False if it refused them, and did nothing."""
         return self._run(name, arguments) != 0
 
-    def _run(self, name: str, arguments: tuple[Tensor | int | float | None, ...]) -> int:
+    def _run(self, name: str, arguments: tuple[Argument, ...]) -> int:
         known = self._functions.get((self.isa, name))
         if known is None:
             # What each argument is holds for every call; said once, ctypes converts faster.
             function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
             function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
-            known = function, [c is ctypes.c_void_p for c in function.argtypes[:-1]]
+            known = function, [a is None or isinstance(a, Tensor) for a in arguments]
             self._functions[self.isa, name] = known
-        function, pointers = known
+        function, tensors = known
         values = [
-            a.data_ptr() if is_pointer and a is not None else a  # type: ignore[union-attr]
-            for a, is_pointer in zip(arguments, pointers, strict=True)
+            a.data_ptr() if is_tensor and a is not None else a  # type: ignore[union-attr]
+            for a, is_tensor in zip(arguments, tensors, strict=True)
         ]
         return function(*values, torch.get_num_threads())
 
 
-def _c_type(argument: Tensor | int | float | None) -> Any:
-    if isinstance(argument, Tensor) or argument is None:
-        return ctypes.c_void_p
-    return ctypes.c_double if isinstance(argument, float) else ctypes.c_int64
+def _c_type(argument: Argument) -> Any:
+    if isinstance(argument, float):
+        return ctypes.c_double
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_void_p
 
 
 @functools.cache

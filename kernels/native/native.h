@@ -23,8 +23,10 @@
 
 #if defined(_MSC_VER)
 #define HYBRIDFLOW_RESTRICT __restrict
+#define HYBRIDFLOW_INLINE __forceinline
 #else
 #define HYBRIDFLOW_RESTRICT __restrict__
+#define HYBRIDFLOW_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace {

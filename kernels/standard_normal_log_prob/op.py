@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, check_float, operator
+from .._operator import check, check_float, first_order, operator
 from . import native_impl, reference
 
 __all__ = ["standard_normal_log_prob"]
 
 
-def _implementation(*tensors: Tensor | None) -> ModuleType:
-    backend = _backend.choose(*tensors)
+def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+    backend = _backend.choose(x, *others)
     if backend == "triton":
         from . import triton_impl  # only here: triton is not installed everywhere
 
@@ -61,7 +60,7 @@ class _StandardNormalLogProb(torch.autograd.Function):
         return _forward(z, log_det)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         needs_z, needs_log_det = ctx.needs_input_grad
         return (

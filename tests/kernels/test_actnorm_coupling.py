@@ -77,12 +77,17 @@ def test_values_and_every_gradient_match_the_specification(
     assert_close(got, specification(direction, tensors, flip))
 
 
-def cases(count, seed):
+# Of samples, channels and positions: a few of each, and more rows and columns than a tile has.
+FEW = ((1, 3, 17), (2, 3, 5, 8), ((), (3,), (2, 3), (4, 4)))
+MANY = ((70, 97), (67, 130, 1030), ((), (3,), (1, 2)))
+
+
+def cases(count, seed, pool=FEW):
     """Random choices of form, split, memory format, shape, and of operands that may be absent."""
     draw = random.Random(seed)
     for i in range(count):
-        channels = draw.choice((2, 3, 5, 8))
-        shape = (draw.choice((1, 3, 17)), channels, *draw.choice(((), (3,), (2, 3), (4, 4))))
+        samples, channels, positions = (draw.choice(options) for options in pool)
+        shape = (samples, channels, *positions)
         form = CouplingForm(
             scale=get_args(Scale)[i % len(get_args(Scale))],
             clamp=draw.choice((0.8, 2.0)),
@@ -143,6 +148,18 @@ def test_every_form_split_and_layout_matches_the_specification(
         doubles = [t.detach().cpu().double() for t in tensors]
         want = apply_case(direction, doubles, case)
     assert_close(apply_case(direction, tensors, case), want, roundings=100, unit=1)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_missing())
+@directions
+@pytest.mark.parametrize("case", list(cases(21, seed=1, pool=MANY)))
+def test_more_rows_and_columns_than_a_native_tile_has(operands, direction, case):
+    tensors = case_operands(operands, case)
+    with _backend.using("reference"):
+        want = apply_case(direction, [t.detach().double() for t in tensors], case)
+    for isa in native.load().supported:
+        with native.load().using(isa):
+            assert_close(apply_case(direction, tensors, case), want, roundings=200, unit=1)
 
 
 @pytest.mark.float64
