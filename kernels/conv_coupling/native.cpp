@@ -555,9 +555,9 @@ struct Backward {
   // to += inner products of the hidden rows with the staged channels, for one tap.
   static void add_products(const float* panels, const float* staged, const Pair* pairs,
                            int64_t count, int64_t rows, const Weights& to_weights, float* to) {
-    const Parts columns(to_weights.channels, 4);
+    const Parts columns(to_weights.channels, kInnerColumns);
     for (int64_t j = 0; j < columns.count; ++j)
-      with_constant<4>(columns.length(j), [&](auto wide) {
+      with_constant<kInnerColumns>(columns.length(j), [&](auto wide) {
         constexpr int most = inner_rows(wide);
         const Parts tiles(rows, most);
         const int64_t c = columns.begin(j);
