@@ -169,6 +169,9 @@ struct Target {
   int64_t segment() const { return joined() ? size * channels : channels; }
   int64_t segments() const { return joined() ? size : size * size; }
   int64_t stride() const { return (width + 2 * margin) * channels * kPanel; }  // of a row
+  // Of the packed weights of a segment: not a power of two, so that a hidden row's taps, which are
+  // written together, do not all fall into the same set of the cache.
+  int64_t weights(int64_t hidden) const { return segment() * hidden + 48; }
 };
 
 // to is (lanes, channels, rows, width), from the first lane of the group on.
@@ -265,7 +268,7 @@ void pack_scatter(const Weights& weights, const Target& target, const Parts& hid
         float* to = packed + parts.begin(j) * hidden.size + h * rows + r;
         for (int64_t s = 0; s < target.segments(); ++s) {
           const int64_t tap = weights.seen(target.joined() ? s * weights.size + dx : s);
-          to[s * segment * hidden.size] = channel[h * weights.row + tap];
+          to[s * target.weights(hidden.size)] = channel[h * weights.row + tap];
         }
       }
     }
@@ -353,7 +356,7 @@ void scatter(const Grid& grid, const Target& target, int64_t all_hidden, Range r
       const int64_t column = target.joined() ? x : x + dx - reach;
       const int64_t number = target.joined() ? dy : dy * size + dx;
       float* out = to + row * target.stride() + column * target.channels * kPanel;
-      const float* weights = packed + number * segment * all_hidden;
+      const float* weights = packed + number * target.weights(all_hidden);
       for (int64_t j = 0; j < parts.count; ++j) {
         float* panels = out + parts.begin(j) * kPanel;
         with_constant<kTileRows>(parts.length(j), [&](auto constant) {
@@ -440,7 +443,7 @@ struct Forward {
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const int64_t first = net.hidden * net.taps() * net.inputs;
-    const int64_t second = net.hidden * net.taps() * net.outputs;
+    const int64_t second = target.segments() * target.weights(net.hidden);
     shared_scratch.reserve(Scratch::rounded(first) + Scratch::rounded(second) + halves.floats());
     packed1 = shared_scratch.take(first);
     packed2 = shared_scratch.take(second);
@@ -478,6 +481,11 @@ struct Gradients {  // of a chunk, each in the layout of what it belongs to
 struct Held {
   int64_t groups;
   Range rows;
+};
+
+struct Pairs {
+  Pair* pairs;
+  int64_t count;
 };
 
 struct Backward {
@@ -537,25 +545,28 @@ struct Backward {
     return {weight1, weight2 + second, weight2, weight2 + second + net.hidden};
   }
 
-  // The pairs of a held hidden panel (stride apart) and the staged panel that a tap sees from there.
-  int64_t pair(const Held& held, int64_t stride, int64_t channels, int64_t dy, int64_t dx,
-               Pair* pairs) const {
-    int64_t count = 0, panel = 0;
-    for (int64_t k = 0; k < held.groups; ++k)
-      for (int64_t y = held.rows.begin; y < held.rows.end; ++y)
-        for (int64_t x = 0; x < grid.width; ++x, ++panel) {
-          const int64_t row = y + dy - grid.reach, column = x + dx - grid.reach;
-          if (row < 0 || row >= grid.rows() || column < 0 || column >= grid.width) continue;
-          const int64_t position = k * grid.positions() + row * grid.width + column;
-          pairs[count++] = {panel * stride, position * channels * kPanel};
-        }
-    return count;
+  // For each tap, the pairs of a held hidden panel (stride apart) and the staged panel seen from there.
+  void find_pairs(const Held& held, int64_t stride, int64_t channels, Pairs* taps) const {
+    for (int64_t tap = 0; tap < net.taps(); ++tap) {
+      const int64_t down = tap / net.size - grid.reach, right = tap % net.size - grid.reach;
+      int64_t panel = 0;
+      taps[tap].count = 0;
+      for (int64_t k = 0; k < held.groups; ++k)
+        for (int64_t y = held.rows.begin; y < held.rows.end; ++y)
+          for (int64_t x = 0; x < grid.width; ++x, ++panel) {
+            const int64_t row = y + down, column = x + right;
+            if (row < 0 || row >= grid.rows() || column < 0 || column >= grid.width) continue;
+            const int64_t position = k * grid.positions() + row * grid.width + column;
+            taps[tap].pairs[taps[tap].count++] = {panel * stride, position * channels * kPanel};
+          }
+    }
   }
 
-  // to += inner products of the hidden rows with the staged channels, for one tap.
-  static void add_products(const float* panels, const float* staged, const Pair* pairs,
-                           int64_t count, int64_t rows, const Weights& to_weights, float* to) {
-    const Parts columns(to_weights.channels, kInnerColumns);
+  // to += inner products of the hidden rows with the staged channels, for every tap. The rows of a tile
+  // stay in the first-level cache from tap to tap.
+  static void weight_gradients(const float* panels, int64_t rows, const float* staged,
+                               const Pairs* taps, const Weights& layout, float* to) {
+    const Parts columns(layout.channels, kInnerColumns);
     for (int64_t j = 0; j < columns.count; ++j)
       with_constant<kInnerColumns>(columns.length(j), [&](auto wide) {
         constexpr int most = inner_rows(wide);
@@ -564,22 +575,13 @@ struct Backward {
         for (int64_t i = 0; i < tiles.count; ++i)
           with_constant<most>(tiles.length(i), [&](auto high) {
             const int64_t r = tiles.begin(i);
-            inner_products<high, wide>(panels + r * kPanel, staged + c * kPanel, pairs, count,
-                                       to_weights.row, to_weights.channel,
-                                       to + r * to_weights.row + c * to_weights.channel);
+            float* own = to + r * layout.row + c * layout.channel;
+            for (int64_t tap = 0; tap < layout.taps(); ++tap)
+              inner_products<high, wide>(panels + r * kPanel, staged + c * kPanel, taps[tap].pairs,
+                                         taps[tap].count, layout.row, layout.channel,
+                                         own + layout.seen(tap));
           });
       });
-  }
-
-  void weight_gradients(const Held& held, const float* panels, int64_t stride, Range rows,
-                        const float* staged, const Weights& layout, Pair* pairs, float* to) const {
-    for (int64_t tap = 0; tap < net.taps(); ++tap) {
-      const int64_t count =
-          pair(held, stride, layout.channels, tap / net.size, tap % net.size, pairs);
-      if (count > 0)
-        add_products(panels, staged, pairs, count, rows.end - rows.begin, layout,
-                     to + rows.begin * layout.row + layout.seen(tap));
-    }
   }
 
   static void add_row_sums(const float* panels, int64_t stride, int64_t count, int64_t rows,
@@ -620,7 +622,8 @@ struct Backward {
     const int64_t sum_step = grid.rows() * target.stride();
     // A little more than the rows, so that panels do not all lie at the same place of a page.
     const int64_t stride = (most_rows() + 3) * kPanel;
-    const int64_t pairs_floats = held_panels() * static_cast<int64_t>(sizeof(Pair) / sizeof(float));
+    constexpr int64_t pair_floats = sizeof(Pair) / sizeof(float);
+    const int64_t pairs_floats = 2 * net.taps() * held_panels() * pair_floats;
     own_scratch.reserve(groups_held * (in_step + out_step + sum_step) +
                         2 * held_panels() * stride + pairs_floats + 6 * 16);
     float* staged = own_scratch.take(groups_held * in_step);
@@ -629,6 +632,11 @@ struct Backward {
     float* panels = own_scratch.take(held_panels() * stride);
     float* grad_panels = own_scratch.take(held_panels() * stride);
     Pair* pairs = reinterpret_cast<Pair*>(own_scratch.take(pairs_floats));
+    Pairs taps[kMostSize * kMostSize], taps_grad[kMostSize * kMostSize];
+    for (int64_t tap = 0; tap < net.taps(); ++tap) {
+      taps[tap].pairs = pairs + 2 * tap * held_panels();
+      taps_grad[tap].pairs = pairs + (2 * tap + 1) * held_panels();
+    }
 
     const Range tiles = part_of(hidden.count, splits, split);
     const Gradients sums = partial(chunk);
@@ -645,7 +653,10 @@ struct Backward {
       const int64_t first = grid.halo(), last = first + grid.core();
       for (int64_t y = first; y < last; y += rows_held) {
         const Held held{count, {y, std::min(y + rows_held, last)}};
-        hold(held, tiles, staged, staged_grad, panels, grad_panels, stride, pairs, sums, sums_in);
+        find_pairs(held, stride, net.inputs, taps);
+        find_pairs(held, stride, net.outputs, taps_grad);
+        hold(held, tiles, {staged, taps}, {staged_grad, taps_grad}, panels, grad_panels, stride,
+             sums, sums_in);
       }
       for (int64_t k = 0; k < count; ++k) {
         const int64_t at = (g + k) * kPanel * net.inputs * grid.positions();
@@ -655,8 +666,13 @@ struct Backward {
     }
   }
 
-  void hold(const Held& held, Range tiles, const float* staged, const float* staged_grad,
-            float* panels, float* grad_panels, int64_t stride, Pair* pairs, const Gradients& sums,
+  struct Staged {
+    const float* panels;
+    const Pairs* taps;
+  };
+
+  void hold(const Held& held, Range tiles, const Staged& staged, const Staged& staged_grad,
+            float* panels, float* grad_panels, int64_t stride, const Gradients& sums,
             float* sums_in) const {
     const int64_t in_step = grid.positions() * net.inputs * kPanel;
     const int64_t out_step = grid.positions() * net.outputs * kPanel;
@@ -674,20 +690,21 @@ struct Backward {
         return panel;
       };
       const int64_t count = for_each_panel([&](int64_t k, int64_t y, int64_t x, int64_t offset) {
-        const Window window(grid, net.inputs, staged + k * in_step, y, x);
+        const Window window(grid, net.inputs, staged.panels + k * in_step, y, x);
         hidden_panel(window, net.taps() * net.inputs, hidden, own, packed1, bias1,
                      panels + offset);
-        const Window window_grad(grid, net.outputs, staged_grad + k * out_step, y, x);
+        const Window window_grad(grid, net.outputs, staged_grad.panels + k * out_step, y, x);
         hidden_gradient_panel(window_grad, net.taps() * net.outputs, hidden, own, packed2,
                               panels + offset, grad_panels + offset);
         scatter(grid, target, net.hidden, rows, packed_in, grad_panels + offset, y, x,
                 sums_in + k * sum_step);
       });
       add_row_sums(grad_panels, stride, count, rows.end - rows.begin, sums.bias1 + rows.begin);
-      weight_gradients(held, panels, stride, rows, staged_grad, second_weights(net, nullptr),
-                       pairs, sums.weight2);
-      weight_gradients(held, grad_panels, stride, rows, staged, first_weights(net, nullptr), pairs,
-                       sums.weight1);
+      const Weights of1 = first_weights(net, nullptr), of2 = second_weights(net, nullptr);
+      weight_gradients(panels, rows.end - rows.begin, staged_grad.panels, staged_grad.taps, of2,
+                       sums.weight2 + rows.begin * of2.row);
+      weight_gradients(grad_panels, rows.end - rows.begin, staged.panels, staged.taps, of1,
+                       sums.weight1 + rows.begin * of1.row);
     }
   }
 
@@ -702,11 +719,13 @@ struct Backward {
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const int64_t first = net.hidden * net.taps() * net.inputs;
     const int64_t second = net.hidden * net.taps() * net.outputs;
+    const int64_t of_scatter = target.segments() * target.weights(net.hidden);
     const int64_t all_partials = chunks == 1 ? 0 : chunks * partial_floats();
-    shared_scratch.reserve(2 * Scratch::rounded(first) + Scratch::rounded(second) +
-                           Scratch::rounded(halves.floats()) + all_partials);
+    shared_scratch.reserve(Scratch::rounded(first) + Scratch::rounded(of_scatter) +
+                           Scratch::rounded(second) + Scratch::rounded(halves.floats()) +
+                           all_partials);
     packed1 = shared_scratch.take(first);
-    packed_in = shared_scratch.take(first);
+    packed_in = shared_scratch.take(of_scatter);
     packed2 = shared_scratch.take(second);
     partial_in = shared_scratch.take(halves.floats());
     partials = shared_scratch.take(all_partials);
