@@ -128,13 +128,27 @@ struct Source {  // channels [first, first + channels) of (samples, all, height,
   const float* shift;
 };
 
-// Panels (rows, width, channels) of a group. Lanes without an image, and rows outside of it, are zero.
-void stage(const Grid& grid, const Source& source, int64_t group, float* to) {
+// How a group's panels lie: (rows, margin + width + margin, channels).
+struct Layout {
+  int64_t rows, width, channels, margin;
+
+  Layout(const Grid& grid, int64_t channels, int64_t margin = 0)
+      : rows(grid.rows()), width(grid.width), channels(channels), margin(margin) {}
+  int64_t at(int64_t y, int64_t x) const {
+    return (y * (width + 2 * margin) + margin + x) * channels * kPanel;
+  }
+  int64_t floats() const { return rows * (width + 2 * margin) * channels * kPanel; }
+};
+
+// Lanes without an image, rows outside of it and margins are zero.
+void stage(const Grid& grid, const Source& source, const Layout& layout, int64_t group, float* to) {
   const int64_t lanes = std::min(kPanel, grid.lanes() - group * kPanel);
   const int64_t plane = grid.height * grid.width, step = source.channels * kPanel;
-  if (lanes < kPanel || grid.halo() > 0) std::fill(to, to + grid.positions() * step, 0.0f);
+  if (lanes < kPanel || grid.halo() > 0 || layout.margin > 0)
+    std::fill(to, to + layout.floats(), 0.0f);
   // Whole images are one run of positions; so many at a time that their panels stay in the cache.
-  const int64_t run = grid.strips == 1 ? std::min<int64_t>(plane, 32) : grid.width;
+  const bool whole = grid.strips == 1 && layout.margin == 0;
+  const int64_t run = whole ? std::min<int64_t>(plane, 32) : grid.width;
   for (int64_t begin = 0; begin < grid.positions(); begin += run) {
     const int64_t count = std::min(run, grid.positions() - begin);
     for (int64_t c = 0; c < source.channels; ++c) {
@@ -147,7 +161,7 @@ void stage(const Grid& grid, const Source& source, int64_t group, float* to) {
         if (position < 0 || position >= plane) continue;
         const float* from =
             source.data + (sample * source.all + source.first + c) * plane + position;
-        float* panel = to + begin * step + c * kPanel + l;
+        float* panel = to + (whole ? begin * step : layout.at(begin / run, 0)) + c * kPanel + l;
         if (source.scale == nullptr)
           for (int64_t i = 0; i < count; ++i) panel[i * step] = from[i];
         else
@@ -286,16 +300,16 @@ struct Window {  // the panels around a position, as stretches of neighbouring o
   Row rows[kMostSize];
   int64_t count = 0;
 
-  Window(const Grid& grid, int64_t channels, const float* staged, int64_t y, int64_t x) {
+  Window(const Grid& grid, const Layout& layout, const float* staged, int64_t y, int64_t x) {
     const int64_t reach = grid.reach, size = 2 * reach + 1;
     const int64_t left = std::max<int64_t>(0, reach - x);
     const int64_t right = std::min(size, grid.width + reach - x);
     for (int64_t dy = 0; dy < size; ++dy) {
       const int64_t row = y + dy - reach;
       if (row < 0 || row >= grid.rows()) continue;
-      const int64_t position = row * grid.width + x + left - reach;
-      rows[count++] = {(dy * size + left) * channels, staged + position * channels * kPanel,
-                       (right - left) * channels};
+      rows[count++] = {(dy * size + left) * layout.channels,
+                       staged + layout.at(row, x + left - reach),
+                       (right - left) * layout.channels};
     }
   }
 
@@ -412,13 +426,14 @@ struct Forward {
   int64_t target_floats() const { return grid.rows() * target.stride(); }
 
   void item(int64_t group, int64_t split) const {
-    const int64_t staged_floats = grid.positions() * net.inputs * kPanel;
+    const Layout layout(grid, net.inputs);
+    const int64_t staged_floats = layout.floats();
     own_scratch.reserve(Scratch::rounded(staged_floats) + Scratch::rounded(target_floats()) +
                         most_rows() * kPanel);
     float* staged = own_scratch.take(staged_floats);
     float* sums = own_scratch.take(target_floats());
     float* panel = own_scratch.take(most_rows() * kPanel);
-    stage(grid, source, group, staged);
+    stage(grid, source, layout, group, staged);
     std::fill(sums, sums + target_floats(), 0.0f);
 
     const Range tiles = part_of(hidden.count, splits, split);
@@ -429,7 +444,7 @@ struct Forward {
       const Range rows{hidden.begin(own.begin), hidden.begin(own.end)};
       for (int64_t y = grid.halo(); y < grid.halo() + grid.core(); ++y)
         for (int64_t x = 0; x < grid.width; ++x) {
-          const Window window(grid, net.inputs, staged, y, x);
+          const Window window(grid, layout, staged, y, x);
           hidden_panel(window, net.taps() * net.inputs, hidden, own, packed1, bias1, panel);
           scatter(grid, target, net.hidden, rows, packed2, panel, y, x, sums);
         }
@@ -483,9 +498,32 @@ struct Held {
   Range rows;
 };
 
-struct Pairs {
-  Pair* pairs;
-  int64_t count;
+// What a gradient of weights takes products with. Of few channels, the taps of a row are seen together:
+// they are neighbours, with a margin at both ends of the row, and there are enough of them for a tile.
+struct Seen {
+  Layout layout;
+  Weights weights;
+  bool joined;
+  float* panels = nullptr;  // staged
+  Pair* pairs[kMostSize * kMostSize];  // for each segment, of a held hidden panel and what it sees
+  int64_t counts[kMostSize * kMostSize];
+
+  Seen(const Grid& grid, const Weights& weights)
+      : layout(grid, weights.channels, joins(grid, weights) ? grid.reach : 0),
+        weights(weights),
+        joined(layout.margin > 0) {}
+
+  static bool joins(const Grid& grid, const Weights& weights) {
+    return weights.channels <= 4 && grid.width >= 8;
+  }
+  int64_t segments() const { return joined ? weights.size : weights.taps(); }
+  int64_t columns() const { return joined ? weights.size * weights.channels : weights.channels; }
+
+  // Where the gradient of a segment's column is, for hidden row 0.
+  int64_t place(int64_t segment, int64_t column) const {
+    const int64_t tap = joined ? segment * weights.size + column / weights.channels : segment;
+    return column % weights.channels * weights.channel + weights.seen(tap);
+  }
 };
 
 struct Backward {
@@ -545,41 +583,45 @@ struct Backward {
     return {weight1, weight2 + second, weight2, weight2 + second + net.hidden};
   }
 
-  // For each tap, the pairs of a held hidden panel (stride apart) and the staged panel seen from there.
-  void find_pairs(const Held& held, int64_t stride, int64_t channels, Pairs* taps) const {
-    for (int64_t tap = 0; tap < net.taps(); ++tap) {
-      const int64_t down = tap / net.size - grid.reach, right = tap % net.size - grid.reach;
-      int64_t panel = 0;
-      taps[tap].count = 0;
+  // Held hidden panels are stride apart.
+  void find_pairs(const Held& held, int64_t stride, Seen& seen) const {
+    for (int64_t segment = 0; segment < seen.segments(); ++segment) {
+      const int64_t down = (seen.joined ? segment : segment / net.size) - grid.reach;
+      const int64_t right = (seen.joined ? 0 : segment % net.size) - grid.reach;
+      int64_t panel = 0, count = 0;
       for (int64_t k = 0; k < held.groups; ++k)
         for (int64_t y = held.rows.begin; y < held.rows.end; ++y)
           for (int64_t x = 0; x < grid.width; ++x, ++panel) {
             const int64_t row = y + down, column = x + right;
-            if (row < 0 || row >= grid.rows() || column < 0 || column >= grid.width) continue;
-            const int64_t position = k * grid.positions() + row * grid.width + column;
-            taps[tap].pairs[taps[tap].count++] = {panel * stride, position * channels * kPanel};
+            if (row < 0 || row >= grid.rows()) continue;
+            if (!seen.joined && (column < 0 || column >= grid.width)) continue;
+            seen.pairs[segment][count++] = {
+                panel * stride, k * seen.layout.floats() + seen.layout.at(row, column)};
           }
+      seen.counts[segment] = count;
     }
   }
 
-  // to += inner products of the hidden rows with the staged channels, for every tap. The rows of a tile
-  // stay in the first-level cache from tap to tap.
-  static void weight_gradients(const float* panels, int64_t rows, const float* staged,
-                               const Pairs* taps, const Weights& layout, float* to) {
-    const Parts columns(layout.channels, kInnerColumns);
+  // to += inner products of the hidden rows with what they see. The rows of a tile stay in the
+  // first-level cache from segment to segment.
+  static void weight_gradients(const float* panels, int64_t rows, const Seen& seen, float* to) {
+    const Parts columns(seen.columns(), kInnerColumns);
     for (int64_t j = 0; j < columns.count; ++j)
       with_constant<kInnerColumns>(columns.length(j), [&](auto wide) {
         constexpr int most = inner_rows(wide);
         const Parts tiles(rows, most);
-        const int64_t c = columns.begin(j);
+        const int64_t first = columns.begin(j);
+        int64_t places[kMostSize * kMostSize][wide];
+        for (int64_t segment = 0; segment < seen.segments(); ++segment)
+          for (int c = 0; c < wide; ++c) places[segment][c] = seen.place(segment, first + c);
         for (int64_t i = 0; i < tiles.count; ++i)
           with_constant<most>(tiles.length(i), [&](auto high) {
             const int64_t r = tiles.begin(i);
-            float* own = to + r * layout.row + c * layout.channel;
-            for (int64_t tap = 0; tap < layout.taps(); ++tap)
-              inner_products<high, wide>(panels + r * kPanel, staged + c * kPanel, taps[tap].pairs,
-                                         taps[tap].count, layout.row, layout.channel,
-                                         own + layout.seen(tap));
+            for (int64_t segment = 0; segment < seen.segments(); ++segment)
+              inner_products<high, wide>(panels + r * kPanel, seen.panels + first * kPanel,
+                                         seen.pairs[segment], seen.counts[segment],
+                                         seen.weights.row, places[segment],
+                                         to + r * seen.weights.row);
           });
       });
   }
@@ -607,35 +649,33 @@ struct Backward {
     if (with_bias2) std::fill(sums.bias2, sums.bias2 + net.outputs, 0.0f);
   }
 
-  void add_bias2(const float* staged_grad, int64_t groups, float* to) const {
-    const int64_t step = net.outputs * kPanel;
-    for (int64_t k = 0; k < groups; ++k) {
+  void add_bias2(const Seen& grad, int64_t groups, float* to) const {
+    const int64_t last = grid.halo() + grid.core();
+    for (int64_t k = 0; k < groups; ++k)
       // Rows of the halo belong to the strips next to this one.
-      const float* own = staged_grad + (k * grid.positions() + grid.halo() * grid.width) * step;
-      add_row_sums(own, step, grid.core() * grid.width, net.outputs, to);
-    }
+      for (int64_t y = grid.halo(); y < last; ++y)
+        add_row_sums(grad.panels + k * grad.layout.floats() + grad.layout.at(y, 0),
+                     net.outputs * kPanel, grid.width, net.outputs, to);
   }
 
   void item(int64_t chunk, int64_t split) const {
-    const int64_t in_step = grid.positions() * net.inputs * kPanel;
-    const int64_t out_step = grid.positions() * net.outputs * kPanel;
+    Seen in(grid, first_weights(net, nullptr)), out(grid, second_weights(net, nullptr));
     const int64_t sum_step = grid.rows() * target.stride();
     // A little more than the rows, so that panels do not all lie at the same place of a page.
     const int64_t stride = (most_rows() + 3) * kPanel;
     constexpr int64_t pair_floats = sizeof(Pair) / sizeof(float);
     const int64_t pairs_floats = 2 * net.taps() * held_panels() * pair_floats;
-    own_scratch.reserve(groups_held * (in_step + out_step + sum_step) +
+    own_scratch.reserve(groups_held * (in.layout.floats() + out.layout.floats() + sum_step) +
                         2 * held_panels() * stride + pairs_floats + 6 * 16);
-    float* staged = own_scratch.take(groups_held * in_step);
-    float* staged_grad = own_scratch.take(groups_held * out_step);
+    in.panels = own_scratch.take(groups_held * in.layout.floats());
+    out.panels = own_scratch.take(groups_held * out.layout.floats());
     float* sums_in = own_scratch.take(groups_held * sum_step);
     float* panels = own_scratch.take(held_panels() * stride);
     float* grad_panels = own_scratch.take(held_panels() * stride);
     Pair* pairs = reinterpret_cast<Pair*>(own_scratch.take(pairs_floats));
-    Pairs taps[kMostSize * kMostSize], taps_grad[kMostSize * kMostSize];
     for (int64_t tap = 0; tap < net.taps(); ++tap) {
-      taps[tap].pairs = pairs + 2 * tap * held_panels();
-      taps_grad[tap].pairs = pairs + (2 * tap + 1) * held_panels();
+      in.pairs[tap] = pairs + 2 * tap * held_panels();
+      out.pairs[tap] = pairs + (2 * tap + 1) * held_panels();
     }
 
     const Range tiles = part_of(hidden.count, splits, split);
@@ -645,18 +685,17 @@ struct Backward {
     for (int64_t g = groups.begin; g < groups.end; g += groups_held) {
       const int64_t count = std::min(groups_held, groups.end - g);
       for (int64_t k = 0; k < count; ++k) {
-        stage(grid, source, g + k, staged + k * in_step);
-        stage(grid, grad, g + k, staged_grad + k * out_step);
+        stage(grid, source, in.layout, g + k, in.panels + k * in.layout.floats());
+        stage(grid, grad, out.layout, g + k, out.panels + k * out.layout.floats());
       }
       std::fill(sums_in, sums_in + count * sum_step, 0.0f);
-      if (split == 0) add_bias2(staged_grad, count, sums.bias2);
+      if (split == 0) add_bias2(out, count, sums.bias2);
       const int64_t first = grid.halo(), last = first + grid.core();
       for (int64_t y = first; y < last; y += rows_held) {
         const Held held{count, {y, std::min(y + rows_held, last)}};
-        find_pairs(held, stride, net.inputs, taps);
-        find_pairs(held, stride, net.outputs, taps_grad);
-        hold(held, tiles, {staged, taps}, {staged_grad, taps_grad}, panels, grad_panels, stride,
-             sums, sums_in);
+        find_pairs(held, stride, in);
+        find_pairs(held, stride, out);
+        hold(held, tiles, in, out, panels, grad_panels, stride, sums, sums_in);
       }
       for (int64_t k = 0; k < count; ++k) {
         const int64_t at = (g + k) * kPanel * net.inputs * grid.positions();
@@ -666,16 +705,8 @@ struct Backward {
     }
   }
 
-  struct Staged {
-    const float* panels;
-    const Pairs* taps;
-  };
-
-  void hold(const Held& held, Range tiles, const Staged& staged, const Staged& staged_grad,
-            float* panels, float* grad_panels, int64_t stride, const Gradients& sums,
-            float* sums_in) const {
-    const int64_t in_step = grid.positions() * net.inputs * kPanel;
-    const int64_t out_step = grid.positions() * net.outputs * kPanel;
+  void hold(const Held& held, Range tiles, const Seen& in, const Seen& out, float* panels,
+            float* grad_panels, int64_t stride, const Gradients& sums, float* sums_in) const {
     const int64_t sum_step = grid.rows() * target.stride();
     const int64_t blocks = ratio_up((tiles.end - tiles.begin) * kTileRows, kHeldRows);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -690,21 +721,20 @@ struct Backward {
         return panel;
       };
       const int64_t count = for_each_panel([&](int64_t k, int64_t y, int64_t x, int64_t offset) {
-        const Window window(grid, net.inputs, staged.panels + k * in_step, y, x);
+        const Window window(grid, in.layout, in.panels + k * in.layout.floats(), y, x);
         hidden_panel(window, net.taps() * net.inputs, hidden, own, packed1, bias1,
                      panels + offset);
-        const Window window_grad(grid, net.outputs, staged_grad.panels + k * out_step, y, x);
+        const Window window_grad(grid, out.layout, out.panels + k * out.layout.floats(), y, x);
         hidden_gradient_panel(window_grad, net.taps() * net.outputs, hidden, own, packed2,
                               panels + offset, grad_panels + offset);
         scatter(grid, target, net.hidden, rows, packed_in, grad_panels + offset, y, x,
                 sums_in + k * sum_step);
       });
       add_row_sums(grad_panels, stride, count, rows.end - rows.begin, sums.bias1 + rows.begin);
-      const Weights of1 = first_weights(net, nullptr), of2 = second_weights(net, nullptr);
-      weight_gradients(panels, rows.end - rows.begin, staged_grad.panels, staged_grad.taps, of2,
-                       sums.weight2 + rows.begin * of2.row);
-      weight_gradients(grad_panels, rows.end - rows.begin, staged.panels, staged.taps, of1,
-                       sums.weight1 + rows.begin * of1.row);
+      weight_gradients(panels, rows.end - rows.begin, out,
+                       sums.weight2 + rows.begin * out.weights.row);
+      weight_gradients(grad_panels, rows.end - rows.begin, in,
+                       sums.weight1 + rows.begin * in.weights.row);
     }
   }
 

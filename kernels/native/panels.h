@@ -128,10 +128,10 @@ constexpr int inner_rows(int columns) {
   return rows[columns - 1];
 }
 
-// to[r * step_r + c * step_c] += the inner product of row r of all panels in a with row c of those in b.
+// to[r * step + places[c]] += the inner product of row r of all panels in a with row c of those in b.
 template <int rows, int columns>
 inline void inner_products(const float* a, const float* b, const Pair* pairs, int64_t count,
-                           int64_t step_r, int64_t step_c, float* to) {
+                           int64_t step, const int64_t* places, float* to) {
   Lanes sum[columns][rows];
 #pragma GCC unroll 16
   for (int c = 0; c < columns; ++c)
@@ -163,7 +163,7 @@ inline void inner_products(const float* a, const float* b, const Pair* pairs, in
                                    r + 3 < rows ? sum[c][r + 3 < rows ? r + 3 : r] : none);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k)
-        if (r + k < rows) to[(r + k) * step_r + c * step_c] += total[k];
+        if (r + k < rows) to[(r + k) * step + places[c]] += total[k];
     }
   }
 }
