@@ -112,7 +112,10 @@ Range part_of(int64_t size, int64_t parts, int64_t i) {
   return {i * size / parts, (i + 1) * size / parts};
 }
 
-// Hidden rows in their tiles, and the ranges of tiles that are done at a time.
+// Of an elementwise operation that takes as long, about.
+int64_t elements(double flops) { return static_cast<int64_t>(flops / 256); }
+
+// Ranges into which the hidden rows are cut, for there to be enough items.
 int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
   const int64_t wanted = std::min(ratio_up(kItems, chunks), hidden.count / 4);
   const double affordable = flops / static_cast<double>(kItemFlops * chunks);
@@ -140,6 +143,23 @@ struct Layout {
   int64_t floats() const { return rows * (width + 2 * margin) * channels * kPanel; }
 };
 
+// `count` positions of four images, `image` apart, to neighbouring lanes of panels `step` apart.
+void stage_four(const float* from, int64_t image, int64_t count, float scale, float shift,
+                float* panel, int64_t step) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    Quad rows[4];
+    for (int l = 0; l < 4; ++l) {
+      std::memcpy(rows + l, from + l * image + i, sizeof(Quad));
+      rows[l] = rows[l] * scale + shift;
+    }
+    transpose(rows);
+    for (int j = 0; j < 4; ++j) std::memcpy(panel + (i + j) * step, rows + j, sizeof(Quad));
+  }
+  for (; i < count; ++i)
+    for (int64_t l = 0; l < 4; ++l) panel[i * step + l] = from[l * image + i] * scale + shift;
+}
+
 // Lanes without an image, rows outside of it and margins are zero.
 void stage(const Grid& grid, const Source& source, const Layout& layout, int64_t group, float* to) {
   const int64_t lanes = std::min(kPanel, grid.lanes() - group * kPanel);
@@ -151,21 +171,25 @@ void stage(const Grid& grid, const Source& source, const Layout& layout, int64_t
   const int64_t run = whole ? std::min<int64_t>(plane, 32) : grid.width;
   for (int64_t begin = 0; begin < grid.positions(); begin += run) {
     const int64_t count = std::min(run, grid.positions() - begin);
+    float* panels = to + (whole ? begin * step : layout.at(begin / run, 0));
     for (int64_t c = 0; c < source.channels; ++c) {
       const float scale = source.scale == nullptr ? 1.0f : source.scale[c];
       const float shift = source.shift == nullptr ? 0.0f : source.shift[c];
-      for (int64_t l = 0; l < lanes; ++l) {
+      float* panel = panels + c * kPanel;
+      for (int64_t l = 0; l < lanes;) {
         const int64_t lane = group * kPanel + l, sample = lane / grid.strips;
         const int64_t above = (lane % grid.strips) * grid.core() - grid.halo();
         const int64_t position = above * grid.width + begin;
-        if (position < 0 || position >= plane) continue;
         const float* from =
             source.data + (sample * source.all + source.first + c) * plane + position;
-        float* panel = to + (whole ? begin * step : layout.at(begin / run, 0)) + c * kPanel + l;
-        if (source.scale == nullptr)
-          for (int64_t i = 0; i < count; ++i) panel[i * step] = from[i];
-        else
-          for (int64_t i = 0; i < count; ++i) panel[i * step] = from[i] * scale + shift;
+        if (grid.strips == 1 && l + 4 <= lanes) {
+          stage_four(from, source.all * plane, count, scale, shift, panel + l, step);
+          l += 4;
+          continue;
+        }
+        if (position >= 0 && position < plane)
+          for (int64_t i = 0; i < count; ++i) panel[i * step + l] = from[i] * scale + shift;
+        ++l;
       }
     }
   }
@@ -465,7 +489,7 @@ struct Forward {
     partial = shared_scratch.take(halves.floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
-#pragma omp parallel num_threads(team(static_cast<int64_t>(flops() / 64), threads))
+#pragma omp parallel num_threads(team(elements(flops()), threads))
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
@@ -761,7 +785,7 @@ struct Backward {
     partials = shared_scratch.take(all_partials);
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
-#pragma omp parallel num_threads(team(static_cast<int64_t>(flops() / 64), threads))
+#pragma omp parallel num_threads(team(elements(flops()), threads))
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {

@@ -90,7 +90,7 @@ struct Tile {
   }
 };
 
-// --- sums over the lanes -------------------------------------------------------------------------
+// --- four lanes at a time -------------------------------------------------------------------------
 
 #if defined(__clang__)
 #define HYBRIDFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -98,6 +98,17 @@ struct Tile {
 typedef int32_t QuadIndex __attribute__((vector_size(16)));
 #define HYBRIDFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, QuadIndex{i, j, k, l})
 #endif
+
+inline void transpose(Quad* rows) {
+  const Quad a = HYBRIDFLOW_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+  const Quad b = HYBRIDFLOW_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+  const Quad c = HYBRIDFLOW_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+  const Quad d = HYBRIDFLOW_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = HYBRIDFLOW_SHUFFLE(a, c, 0, 1, 4, 5);
+  rows[1] = HYBRIDFLOW_SHUFFLE(a, c, 2, 3, 6, 7);
+  rows[2] = HYBRIDFLOW_SHUFFLE(b, d, 0, 1, 4, 5);
+  rows[3] = HYBRIDFLOW_SHUFFLE(b, d, 2, 3, 6, 7);
+}
 
 inline Quad to_quad(Lanes lanes) {
   Quad quads[kLanes / 4];
