@@ -35,13 +35,14 @@ __all__ = ["gradients", "map"]
 
 @triton.jit
 def _rows(group, block, samples, PIXELS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr):
-    """Sample and pixel of each row of a tile, and whether there is one. A sample has SLOTS rows, a
-    power of two of at least PIXELS; a group is TILE / SLOTS samples, or a sample of several tiles."""
+    """The group's first sample; then sample, counted from it, and pixel of each row of a tile, and
+    whether there is one. A sample has SLOTS rows, a power of two of at least PIXELS; a group is
+    TILE / SLOTS samples, or a sample of several tiles."""
     PER_GROUP: tl.constexpr = TILE // SLOTS if SLOTS < TILE else 1
+    first = group.to(tl.int64) * PER_GROUP
     row = block * TILE + tl.arange(0, TILE)
-    sample = group.to(tl.int64) * PER_GROUP + row // SLOTS
-    pixel = row % SLOTS
-    return sample, pixel, (sample < samples) & (pixel < PIXELS)
+    sample, pixel = row // SLOTS, row % SLOTS
+    return first, sample, pixel, (sample < samples - first) & (pixel < PIXELS)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _inside(pixel, dy, dx, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _patches(
-    x, log_scale, bias, sample, pixel, valid, block, FIRST: tl.constexpr, PART: tl.constexpr,
+    x, log_scale, bias, first, sample, pixel, valid, block, FIRST: tl.constexpr, PART: tl.constexpr,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
     DENSE: tl.constexpr, SIGN: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
@@ -75,7 +76,8 @@ def _patches(
         column = (dy * WIDTH + dx) * CHANNELS
         mask &= _inside(pixel[:, None], dy[None, :], dx[None, :], HEIGHT, WIDTH)
     column = tl.max_contiguous(tl.multiple_of(column + channel + FIRST, VECTOR), VECTOR)
-    v = tl.load(x + (row[:, None] + column[None, :]), mask=mask, other=0)
+    base = x + first * (HEIGHT * WIDTH * CHANNELS)
+    v = tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
     if log_scale is not None:
         lam = _spread(log_scale, FIRST + channel, live, ACC)
         b = _spread(bias, FIRST + channel, live, ACC)
@@ -86,26 +88,29 @@ def _patches(
 
 @triton.jit
 def _gather(
-    scratch, sample, pixel, mask, column, rows, SPLITS: tl.constexpr, PART: tl.constexpr,
+    scratch, first, sample, pixel, mask, column, rows, splits, PART: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr, DENSE: tl.constexpr,
     SIGN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum over the taps of what the pixel that the tap reaches (SIGN 1), or by which this one is
     reached (SIGN -1), has in scratch for it."""
+    TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     total = tl.zeros((TILE, BLOCK), ACC)
-    for split in range(SPLITS):
+    base = scratch + first * (HEIGHT * WIDTH * PART * (1 if DENSE else TAPS))
+    for _ in range(splits):
         if DENSE:
-            row = (split * rows + sample) * (HEIGHT * WIDTH * PART) + pixel * PART
-            total += tl.load(scratch + (row[:, None] + column[None, :]), mask=mask, other=0)
+            row = (sample * (HEIGHT * WIDTH) + pixel) * PART
+            total += tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
         else:
             for tap in tl.static_range(KERNEL * KERNEL):
-                dy: tl.constexpr = (tap // KERNEL - KERNEL // 2) * SIGN
-                dx: tl.constexpr = (tap % KERNEL - KERNEL // 2) * SIGN
-                there = split * rows + sample * (HEIGHT * WIDTH) + pixel + (dy * WIDTH + dx)
-                row = there * (KERNEL * KERNEL * PART) + tap * PART
+                dy = (tap // KERNEL - KERNEL // 2) * SIGN
+                dx = (tap % KERNEL - KERNEL // 2) * SIGN
+                there = sample * (HEIGHT * WIDTH) + pixel + (dy * WIDTH + dx)
+                row = there * (TAPS * PART) + tap * PART
                 inside = _inside(pixel, dy, dx, HEIGHT, WIDTH)
                 at = row[:, None] + column[None, :]
-                total += tl.load(scratch + at, mask=mask & inside[:, None], other=0)
+                total += tl.load(base + at, mask=mask & inside[:, None], other=0)
+        base += rows.to(tl.int64) * (TAPS * PART)
     return total
 
 
@@ -121,40 +126,45 @@ def _weights(w, row, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _chunk(
-    a, x, log_scale, bias, w1, b1, g, grad, w2t, sample, pixel, valid, j,
+    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
     INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    OUTPUT_BLOCKS: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    OUTPUT_BLOCKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """UNITS hidden units from j on, or with `grad` the gradients before their ReLU. `a` and `g` are
-    the first blocks of the patches."""
+    the patches, where they are one block."""
     FIRST: tl.constexpr = MOVED if FLIP else 0
-    pre = tl.dot(
-        a, _weights(w1, 0, j, HIDDEN, INPUTS, UNITS), input_precision=PRECISION, out_dtype=ACC
-    )
-    for block in tl.static_range(1, INPUT_BLOCKS):
-        more = _patches(
-            x, log_scale, bias, sample, pixel, valid, block, FIRST, CHANNELS - MOVED, CHANNELS,
-            HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
-        )  # fmt: skip
-        w = _weights(w1, block * INPUTS, j, HIDDEN, INPUTS, UNITS)
-        pre = tl.dot(more, w, pre, input_precision=PRECISION, out_dtype=ACC)
+    pre = tl.zeros((TILE, UNITS), ACC)
+    if INPUT_BLOCKS == 1:
+        w = _weights(w1, 0, j, hidden, INPUTS, UNITS)
+        pre = tl.dot(a, w, pre, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for block in range(INPUT_BLOCKS):
+            more = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+            )  # fmt: skip
+            w = _weights(w1, block * INPUTS, j, hidden, INPUTS, UNITS)
+            pre = tl.dot(more, w, pre, input_precision=PRECISION, out_dtype=ACC)
     pre += tl.load(b1 + j + tl.arange(0, UNITS))[None, :]
     if grad is None:
         value = tl.maximum(pre, 0.0)
     else:
-        w = _weights(w2t, 0, j, HIDDEN, OUTPUTS, UNITS)
-        up = tl.dot(g, w, input_precision=PRECISION, out_dtype=ACC)
-        for block in tl.static_range(1, OUTPUT_BLOCKS):
-            more = _patches(
-                grad, None, None, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
-            )  # fmt: skip
-            w = _weights(w2t, block * OUTPUTS, j, HIDDEN, OUTPUTS, UNITS)
-            up = tl.dot(more, w, up, input_precision=PRECISION, out_dtype=ACC)
+        up = tl.zeros((TILE, UNITS), ACC)
+        if OUTPUT_BLOCKS == 1:
+            w = _weights(w2t, 0, j, hidden, OUTPUTS, UNITS)
+            up = tl.dot(g, w, up, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for block in range(OUTPUT_BLOCKS):
+                more = _patches(
+                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                )  # fmt: skip
+                w = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
+                up = tl.dot(more, w, up, input_precision=PRECISION, out_dtype=ACC)
         value = tl.where(pre > 0, up, 0.0)
     return value.to(x.dtype.element_ty)
 
@@ -164,11 +174,12 @@ def _products(
     x, log_scale, bias, w1, b1, grad, w2t, second, scratch, group, split, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr, INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    chunks, INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr,
     OUTPUTS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
-    GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What a group's pixels add to their neighbours, through this split of the hidden units: of the
     conditioner's output (`second` is its second weights), or with `grad` of the gradient of its input
@@ -179,43 +190,46 @@ def _products(
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     LENGTH: tl.constexpr = PATCH * (2 * MOVED if grad is None else CHANNELS - MOVED)
     for tile in range((PIXELS + TILE - 1) // TILE):
-        sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
-        a = _patches(
-            x, log_scale, bias, sample, pixel, valid, 0, FIRST, CHANNELS - MOVED, CHANNELS,
-            HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
-        )  # fmt: skip
-        g = None
-        if grad is not None:
-            g = _patches(
-                grad, None, None, sample, pixel, valid, 0, 0, 2 * MOVED, 2 * MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        a, g = None, None
+        if INPUT_BLOCKS == 1:
+            a = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, 0, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
             )  # fmt: skip
-        to = scratch + ((split * rows + sample * PIXELS + pixel) * LENGTH)[:, None]
+        if grad is not None:
+            if OUTPUT_BLOCKS == 1:
+                g = _patches(
+                    grad, None, None, first, sample, pixel, valid, 0, 0, 2 * MOVED, 2 * MOVED,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                )  # fmt: skip
+        to = scratch + (split.to(tl.int64) * rows + first * PIXELS) * LENGTH
+        to += ((sample * PIXELS + pixel) * LENGTH)[:, None]
         column = tl.arange(0, COLUMNS)
         if COLUMN_BLOCKS == 1:
             total = tl.zeros((TILE, COLUMNS), ACC)
-            for chunk in range(CHUNKS):
-                j = (split * CHUNKS + chunk) * UNITS
+            for chunk in range(chunks):
+                j = (split * chunks + chunk) * UNITS
                 h = _chunk(
-                    a, x, log_scale, bias, w1, b1, g, grad, w2t, sample, pixel, valid, j,
+                    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
                     CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                    HIDDEN, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, VECTOR,
-                    GRAD_VECTOR, PRECISION, ACC,
+                    hidden, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, TILE,
+                    VECTOR, GRAD_VECTOR, PRECISION, ACC,
                 )  # fmt: skip
-                w = _weights(second, j, 0, COLUMNS, UNITS, COLUMNS)
+                w = _weights(second, j, 0, SECOND_WIDTH, UNITS, COLUMNS)
                 total = tl.dot(h, w, total, input_precision=PRECISION, out_dtype=ACC)
             tl.store(to + column[None, :], total, mask=valid[:, None] & (column < LENGTH)[None, :])
         else:
             j = split * UNITS
             h = _chunk(
-                a, x, log_scale, bias, w1, b1, g, grad, w2t, sample, pixel, valid, j,
+                a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
                 CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                HIDDEN, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, VECTOR,
+                hidden, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, TILE, VECTOR,
                 GRAD_VECTOR, PRECISION, ACC,
             )  # fmt: skip
             for block in range(COLUMN_BLOCKS):
                 at = block * COLUMNS + column
-                w = _weights(second, j, block * COLUMNS, COLUMNS * COLUMN_BLOCKS, UNITS, COLUMNS)
+                w = _weights(second, j, block * COLUMNS, SECOND_WIDTH, UNITS, COLUMNS)
                 part = tl.dot(h, w, input_precision=PRECISION, out_dtype=ACC)
                 tl.store(to + at[None, :], part, mask=valid[:, None] & (at < LENGTH)[None, :])
 
@@ -225,17 +239,17 @@ def _products(
 
 @triton.jit
 def _raw_and_shift(
-    scratch, b2, sample, pixel, mask, channel, live, rows, SPLITS: tl.constexpr,
+    scratch, b2, first, sample, pixel, mask, channel, live, rows, splits,
     MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
     DENSE: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     raw = _gather(
-        scratch, sample, pixel, mask, channel, rows, SPLITS, 2 * MOVED, HEIGHT, WIDTH, KERNEL,
+        scratch, first, sample, pixel, mask, channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH, KERNEL,
         DENSE, 1, TILE, BLOCK, ACC,
     )  # fmt: skip
     shift = _gather(
-        scratch, sample, pixel, mask, MOVED + channel, rows, SPLITS, 2 * MOVED, HEIGHT, WIDTH,
+        scratch, first, sample, pixel, mask, MOVED + channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH,
         KERNEL, DENSE, 1, TILE, BLOCK, ACC,
     )  # fmt: skip
     raw += _spread(b2, channel, live, ACC)
@@ -250,7 +264,7 @@ def _couple(
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, SPLITS: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, splits,
     SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Writes a group's images and their log-dets."""
@@ -259,31 +273,32 @@ def _couple(
     SEGMENT: tl.constexpr = SLOTS if SLOTS < TILE else TILE
     own = tl.zeros((TILE // SEGMENT,), ACC)
     for tile in range((PIXELS + TILE - 1) // TILE):
-        sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
         row = ((sample * PIXELS + pixel) * CHANNELS)[:, None]
+        base, to = x + first * (PIXELS * CHANNELS), out + first * (PIXELS * CHANNELS)
         for start in range(0, KEPT, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             live = channel < KEPT
             mask = valid[:, None] & live[None, :]
             channel += MOVED if FLIP else 0
-            v = tl.load(x + (row + channel[None, :]), mask=mask, other=0).to(ACC)
+            v = tl.load(base + (row + channel[None, :]), mask=mask, other=0).to(ACC)
             if log_scale is not None:
                 lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
                 v = _affine(v, lam, b, INVERSE, NORM_SHIFT_FIRST)
-            tl.store(out + (row + channel[None, :]), v, mask=mask)
+            tl.store(to + (row + channel[None, :]), v, mask=mask)
         for start in range(0, MOVED, BLOCK):
             k = start + tl.arange(0, BLOCK)
             live = k < MOVED
             mask = valid[:, None] & live[None, :]
             raw, t = _raw_and_shift(
-                scratch, b2, sample, pixel, mask, k, live, rows, SPLITS, MOVED, HEIGHT, WIDTH,
+                scratch, b2, first, sample, pixel, mask, k, live, rows, splits, MOVED, HEIGHT, WIDTH,
                 KERNEL, DENSE, FACTOR, TILE, BLOCK, ACC,
             )  # fmt: skip
             s, _ = _squash(raw, SCALE, CLAMP, EPS, ACC)
             if gain is not None:
                 s *= _spread(gain, k, live, ACC)
             channel = k + (0 if FLIP else KEPT)
-            v = tl.load(x + (row + channel[None, :]), mask=mask, other=0).to(ACC)
+            v = tl.load(base + (row + channel[None, :]), mask=mask, other=0).to(ACC)
             if log_scale is not None:
                 lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
                 if not INVERSE:
@@ -292,7 +307,7 @@ def _couple(
             if log_scale is not None:
                 if INVERSE:
                     v = _affine(v, lam, b, True, NORM_SHIFT_FIRST)
-            tl.store(out + (row + channel[None, :]), v, mask=mask)
+            tl.store(to + (row + channel[None, :]), v, mask=mask)
             sums = tl.sum(tl.where(mask, s, 0.0), axis=1)
             own += tl.sum(tl.reshape(sums, (TILE // SEGMENT, SEGMENT)), axis=1)
     if log_scale is not None:
@@ -322,7 +337,7 @@ def _couple_backward(
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, SPLITS: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, splits,
     SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The transformed part of the input's gradient, that of the conditioner's output, and sums for
@@ -330,16 +345,17 @@ def _couple_backward(
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     for tile in range(TILES):
-        sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
         place = sample * PIXELS + pixel
         sums = partials + (group.to(tl.int64) * TILES + tile) * (5 * MOVED)
-        g_log_det = tl.load(grad_log_det + sample, mask=valid, other=0).to(ACC)[:, None]
+        begin = first * (PIXELS * CHANNELS)
+        g_log_det = tl.load(grad_log_det + first + sample, mask=valid, other=0).to(ACC)[:, None]
         for start in range(0, MOVED, BLOCK):
             k = start + tl.arange(0, BLOCK)
             live = k < MOVED
             mask = valid[:, None] & live[None, :]
             raw, t = _raw_and_shift(
-                scratch, b2, sample, pixel, mask, k, live, rows, SPLITS, MOVED, HEIGHT, WIDTH,
+                scratch, b2, first, sample, pixel, mask, k, live, rows, splits, MOVED, HEIGHT, WIDTH,
                 KERNEL, DENSE, FACTOR, TILE, BLOCK, ACC,
             )  # fmt: skip
             f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
@@ -349,8 +365,8 @@ def _couple_backward(
                 s = bound * f
             channel = k + (0 if FLIP else CHANNELS - MOVED)
             at = (place * CHANNELS)[:, None] + channel[None, :]
-            v = tl.load(out + at, mask=mask, other=0).to(ACC)
-            g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
+            v = tl.load(out + begin + at, mask=mask, other=0).to(ACC)
+            g = tl.load(grad_out + begin + at, mask=mask, other=0).to(ACC)
             if log_scale is not None:
                 lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
                 if INVERSE:
@@ -363,7 +379,8 @@ def _couple_backward(
             grad_raw, grad_t = grad_s * slope * FACTOR, grad_t * FACTOR
             _store_sum(sums, tl.where(mask, grad_raw, 0.0), 3, k, live, 5, MOVED)
             _store_sum(sums, grad_t, 4, k, live, 5, MOVED)
-            to = grad_params + ((place * (2 * MOVED))[:, None] + k[None, :])
+            to = grad_params + first * (PIXELS * 2 * MOVED)
+            to += (place * (2 * MOVED))[:, None] + k[None, :]
             tl.store(to, grad_raw, mask=mask)
             tl.store(to + MOVED, grad_t, mask=mask)
             if log_scale is not None:
@@ -371,7 +388,7 @@ def _couple_backward(
                     v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, False, NORM_SHIFT_FIRST)
                 _store_sum(sums, grad_lam, 0, k, live, 5, MOVED)
                 _store_sum(sums, grad_b, 1, k, live, 5, MOVED)
-            tl.store(grad_in + at, g, mask=mask)
+            tl.store(grad_in + begin + at, g, mask=mask)
 
 
 @triton.jit
@@ -379,7 +396,7 @@ def _identity_backward(
     grad_out, out, log_scale, bias, scratch, grad_in, partials, group, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, splits, SLOTS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The identity part of the input's gradient, and sums for log_scale and bias. The conditioner's
@@ -388,64 +405,66 @@ def _identity_backward(
     KEPT: tl.constexpr = CHANNELS - MOVED
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     for tile in range(TILES):
-        sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
         sums = partials + (group.to(tl.int64) * TILES + tile) * (2 * KEPT)
         row = ((sample * PIXELS + pixel) * CHANNELS)[:, None]
+        begin = first * (PIXELS * CHANNELS)
         for start in range(0, KEPT, BLOCK):
             k = start + tl.arange(0, BLOCK)
             live = k < KEPT
             mask = valid[:, None] & live[None, :]
             channel = k + (MOVED if FLIP else 0)
             at = row + channel[None, :]
-            g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
+            g = tl.load(grad_out + begin + at, mask=mask, other=0).to(ACC)
             grad_a = _gather(
-                scratch, sample, pixel, mask, k, rows, SPLITS, KEPT, HEIGHT, WIDTH, KERNEL,
+                scratch, first, sample, pixel, mask, k, rows, splits, KEPT, HEIGHT, WIDTH, KERNEL,
                 DENSE, -1, TILE, BLOCK, ACC,
             )  # fmt: skip
             if not INVERSE:
                 g += grad_a
             if log_scale is not None:
-                v = tl.load(out + at, mask=mask, other=0).to(ACC)
+                v = tl.load(out + begin + at, mask=mask, other=0).to(ACC)
                 lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
                 v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, INVERSE, NORM_SHIFT_FIRST)
                 _store_sum(sums, grad_lam, 0, k, live, 2, KEPT)
                 _store_sum(sums, grad_b, 1, k, live, 2, KEPT)
             if INVERSE:
                 g += grad_a
-            tl.store(grad_in + at, g, mask=mask)
+            tl.store(grad_in + begin + at, g, mask=mask)
 
 
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=("samples", "rows"))
+@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
 def _map_kernel(
     x, log_scale, bias, w1, b1, w2, b2, gain, log_det, scratch, out, total, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr,
-    UNITS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, INPUTS: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
+    UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
     INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
 ):  # fmt: skip
     """Products, then coupling: in one launch, or where hidden units are split among programs in two."""
     if PRODUCTS:
-        group, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
         ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
         if INVERSE:
             _products(
                 x, None, None, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, HIDDEN,
-                UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, ROW_SLOTS,
+                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
+                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
                 TILE, VECTOR, 1, PRECISION, ACC,
             )  # fmt: skip
         else:
             _products(
                 x, log_scale, bias, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, HIDDEN,
-                UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, ROW_SLOTS,
+                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
+                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
                 TILE, VECTOR, 1, PRECISION, ACC,
             )  # fmt: skip
     if PRODUCTS and COUPLE:
@@ -454,39 +473,40 @@ def _map_kernel(
         _couple(
             x, log_scale, bias, b2, gain, log_det, scratch, out, total, tl.program_id(0), samples,
             rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP,
-            EPS, FACTOR, SHIFT_FIRST, NORM_SHIFT_FIRST, SPLITS, SLOTS, TILE, BLOCK, ACC,
+            EPS, FACTOR, SHIFT_FIRST, NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "rows"))
+@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
 def _couple_backward_kernel(
     grad_out, grad_log_det, out, log_scale, bias, w1, b1, w2, b2, gain, scratch, grad_in,
     grad_params, partials, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr,
-    UNITS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, INPUTS: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
+    UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
     INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
 ):  # fmt: skip
     """The conditioner again, from the output's identity part, then the coupling backwards."""
     if PRODUCTS:
-        group, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
         ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
         if INVERSE:
             _products(
                 out, log_scale, bias, w1, b1, None, None, w2, scratch, group, split, samples,
                 rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                HIDDEN, UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS,
-                ROW_SLOTS, TILE, VECTOR, 1, PRECISION, ACC,
+                hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS,
+                SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, 1, PRECISION, ACC,
             )  # fmt: skip
         else:
             _products(
                 out, None, None, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, HIDDEN,
-                UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, ROW_SLOTS,
+                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
+                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
                 TILE, VECTOR, 1, PRECISION, ACC,
             )  # fmt: skip
     if PRODUCTS and COUPLE:
@@ -496,41 +516,41 @@ def _couple_backward_kernel(
             grad_out, grad_log_det, out, log_scale, bias, b2, gain, scratch, grad_in,
             grad_params, partials, tl.program_id(0), samples, rows, CHANNELS, MOVED, HEIGHT,
             WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP, EPS, FACTOR, SHIFT_FIRST,
-            NORM_SHIFT_FIRST, SPLITS, SLOTS, TILE, BLOCK, ACC,
+            NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "rows"))
+@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
 def _identity_backward_kernel(
     grad_out, out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, grad_in, partials,
     samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPLITS: tl.constexpr, INPUTS: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    chunks, splits, INPUTS: tl.constexpr,
     INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
 ):  # fmt: skip
     """The gradient through the conditioner, and of the identity part."""
     if PRODUCTS:
-        group, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
         ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
         if INVERSE:
             _products(
                 out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, group, split,
                 samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE,
-                NORM_SHIFT_FIRST, HIDDEN, UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, OUTPUTS,
-                OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR,
+                NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS,
+                OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR,
                 PRECISION, ACC,
             )  # fmt: skip
         else:
             _products(
                 out, None, None, w1, b1, grad_params, w2t, w1t, scratch, group, split, samples,
                 rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                HIDDEN, UNITS, CHUNKS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, COLUMNS,
-                COLUMN_BLOCKS, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR, PRECISION, ACC,
+                hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, COLUMNS,
+                COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR, PRECISION, ACC,
             )  # fmt: skip
     if PRODUCTS and COUPLE:
         tl.debug_barrier()
@@ -538,7 +558,7 @@ def _identity_backward_kernel(
         _identity_backward(
             grad_out, out, log_scale, bias, scratch, grad_in, partials, tl.program_id(0), samples,
             rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE,
-            NORM_SHIFT_FIRST, SPLITS, SLOTS, TILE, BLOCK, ACC,
+            NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
         )  # fmt: skip
 
 
@@ -547,9 +567,10 @@ def _weights_kernel(
     x, log_scale, bias, w1t, b1, grad, w2, partials, sums, samples, iterations,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
     INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
     OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr,
     SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
@@ -560,51 +581,53 @@ def _weights_kernel(
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     LENGTH: tl.constexpr = PATCH * (2 * MOVED if SECOND else CHANNELS - MOVED)
-    BLOCKS: tl.constexpr = HIDDEN // UNITS * COLUMN_BLOCKS
-    part = tl.program_id(0) // BLOCKS
+    blocks = hidden // UNITS * COLUMN_BLOCKS
+    part = tl.program_id(0) // blocks
     column_block = tl.program_id(0) % COLUMN_BLOCKS
-    j = tl.program_id(0) % BLOCKS // COLUMN_BLOCKS * UNITS
+    j = tl.program_id(0) % blocks // COLUMN_BLOCKS * UNITS
     unit = j + tl.arange(0, UNITS)
     b = tl.load(b1 + unit)[:, None]
     total = tl.zeros((UNITS, COLUMNS), ACC)
     total_b = tl.zeros((UNITS,), ACC)
     for i in range(iterations):
         tile = part * iterations + i
-        sample, pixel, valid = _rows(tile // TILES, tile % TILES, samples, PIXELS, SLOTS, TILE)
+        first, sample, pixel, valid = _rows(
+            tile // TILES, tile % TILES, samples, PIXELS, SLOTS, TILE
+        )
         pre = tl.zeros((UNITS, TILE), ACC)
-        for block in tl.static_range(INPUT_BLOCKS):
+        for block in range(INPUT_BLOCKS):
             a = _patches(
-                x, log_scale, bias, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
+                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
             )  # fmt: skip
-            w = _weights(w1t, j, block * INPUTS, INPUTS * INPUT_BLOCKS, UNITS, INPUTS)
+            w = _weights(w1t, j, block * INPUTS, FIRST_WIDTH, UNITS, INPUTS)
             pre = tl.dot(w, tl.trans(a), pre, input_precision=PRECISION, out_dtype=ACC)
         pre += b
         if SECOND:
             value = tl.maximum(pre, 0.0)
             other = _patches(
-                grad, None, None, sample, pixel, valid, column_block, 0, 2 * MOVED, 2 * MOVED,
+                grad, None, None, first, sample, pixel, valid, column_block, 0, 2 * MOVED, 2 * MOVED,
                 HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, ACC,
             )  # fmt: skip
         else:
             up = tl.zeros((UNITS, TILE), ACC)
-            for block in tl.static_range(OUTPUT_BLOCKS):
+            for block in range(OUTPUT_BLOCKS):
                 g = _patches(
-                    grad, None, None, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
+                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
-                w = _weights(w2, j, block * OUTPUTS, OUTPUTS * OUTPUT_BLOCKS, UNITS, OUTPUTS)
+                w = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
                 up = tl.dot(w, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
             value = tl.where(pre > 0, up, 0.0)
             total_b += tl.sum(value, axis=1)
             other = _patches(
-                x, log_scale, bias, sample, pixel, valid, column_block, FIRST, CHANNELS - MOVED,
+                x, log_scale, bias, first, sample, pixel, valid, column_block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, COLUMNS, VECTOR, ACC,
             )  # fmt: skip
         value = value.to(x.dtype.element_ty)
         total = tl.dot(value, other, total, input_precision=PRECISION, out_dtype=ACC)
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    row = part.to(tl.int64) * HIDDEN + unit
+    row = part.to(tl.int64) * hidden + unit
     at = (row * LENGTH)[:, None] + column[None, :]
     tl.store(partials + at, total, mask=(column < LENGTH)[None, :])
     if not SECOND:
@@ -646,8 +669,10 @@ class _Plan(NamedTuple):
     output_blocks: int
     forward: _Product
     backward: _Product
+    first_width: int  # of the rows of the first weights, transposed, with padding
+    second_width: int
     tile: int
-    warps: int
+    widest: int  # columns of a tile of the weights' gradients
 
     @property
     def pixels(self) -> int:
@@ -665,33 +690,26 @@ class _Plan(NamedTuple):
     def slots(self) -> int:
         return triton.next_power_of_2(self.pixels)
 
-    @property
-    def tiles(self) -> int:
-        """Of a sample, where it is longer than one."""
-        return triton.cdiv(self.pixels, self.tile)
-
-    def groups(self, samples: int) -> int:
-        return triton.cdiv(samples, max(1, self.tile // self.slots))
-
-    def product_groups(self, samples: int) -> int:
-        return triton.cdiv(samples, self.tile) if self.dense else self.groups(samples)
+    def groups(self, samples: int, row_slots: int, tile: int) -> int:
+        return triton.cdiv(samples, max(1, tile // row_slots))
 
 
-def _product(length: int, hidden: int, units: int, dense: bool, wide: int) -> _Product:
-    columns, blocks = _blocks(length, wide)
+def _blocks(length: int, widest: int, otherwise: int) -> tuple[int, int]:
+    """Size and number of the blocks that `length` columns are padded to: one, or some of another size."""
+    if length <= widest:
+        return max(16, triton.next_power_of_2(length)), 1
+    return otherwise, triton.cdiv(length, otherwise)
+
+
+def _product(length: int, hidden: int, dense: bool, narrow: bool) -> _Product:
+    columns, blocks = _blocks(length, *(256, 128) if narrow else (64, 64))
     if blocks > 1:
-        units = min(wide // 2, hidden)
+        units = min(128 if narrow else 64, hidden)
         return _Product(units, 1, hidden // units, columns, blocks)
+    units = min(64 if narrow else 32, hidden)
     # Of a small image there are few tiles: more programs come from the hidden units.
     splits = max(1, hidden // 128) if dense else 1
     return _Product(units, hidden // splits // units, splits, columns, 1)
-
-
-def _blocks(length: int, wide: int) -> tuple[int, int]:
-    """Size and number of the blocks that `length` columns are padded to."""
-    if length <= wide:
-        return max(16, triton.next_power_of_2(length)), 1
-    return wide // 2, triton.cdiv(length, wide // 2)
 
 
 @functools.cache
@@ -707,20 +725,26 @@ def _plan(
     pixels, narrow = height * width, dtype.itemsize == 2
     dense = pixels <= _DENSE_PIXELS
     hidden *= pixels if dense else 1
-    hidden = triton.cdiv(hidden, 128) * 128 if hidden > 128 else _blocks(hidden, 128)[0]
-    units, wide = (64, 256) if narrow else (32, 128)
-    units = min(units, hidden)
+    hidden, chunks = _blocks(hidden, 128, 128)
+    hidden *= chunks
     taps = pixels if dense else size**2
     inputs, outputs = taps * (channels - moved), taps * 2 * moved
-    tile = 128 if pixels > 64 else 64
+    deep, widest = (64, 128) if narrow else (32, 64)  # columns of a block
     return _Plan(
         *(channels, moved, height, width, size, dense, hidden),
-        *(*_blocks(inputs, wide), *_blocks(outputs, wide)),
-        _product(outputs, hidden, units, dense, wide),
-        _product(inputs, hidden, units, dense, wide),
-        tile,
-        warps=8 if tile == 128 else 4,
+        *(*_blocks(inputs, deep, deep), *_blocks(outputs, deep, deep)),
+        _product(outputs, hidden, dense, narrow),
+        _product(inputs, hidden, dense, narrow),
+        first_width=_padded_to(inputs),
+        second_width=_padded_to(outputs),
+        tile=128 if pixels > 64 and narrow else 64,
+        widest=widest,
     )
+
+
+def _padded_to(length: int) -> int:
+    """A multiple of every block's size."""
+    return triton.cdiv(length, 128) * 128 if length > 128 else _blocks(length, 128, 128)[0]
 
 
 def _vector(x: Tensor, *sizes: int) -> int:
@@ -741,7 +765,7 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         "KERNEL": plan.size,
         "FLIP": flip,
         "DENSE": plan.dense,
-        "HIDDEN": plan.hidden,
+        "hidden": plan.hidden,
         "INPUTS": plan.inputs,
         "INPUT_BLOCKS": plan.input_blocks,
         "TILE": plan.tile,
@@ -749,16 +773,15 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         # Of float32 operands; close to float32, at a third of the speed of TF32. README.md: Precision.
         "PRECISION": "tf32x3",
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "num_warps": plan.warps,
-        "maxnreg": 255,
+        "num_stages": 2,
     }
 
 
 def _product_constants(product: _Product) -> dict[str, Any]:
     return {
         "UNITS": product.units,
-        "CHUNKS": product.chunks,
-        "SPLITS": product.splits,
+        "chunks": product.chunks,
+        "splits": product.splits,
         "COLUMNS": product.columns,
         "COLUMN_BLOCKS": product.column_blocks,
     }
@@ -895,16 +918,14 @@ def _operands(
     return _Operands(
         plan,
         _constants(x, plan, flip) | {"NORM_SHIFT_FIRST": form.norm_shift_first},
-        _padded(w1, plan.inputs * plan.input_blocks, plan.hidden, x.dtype),
+        _padded(w1, plan.first_width, plan.hidden, x.dtype),
         F.pad(b1.to(acc), (0, plan.hidden - b1.shape[0])),
-        _padded(w2, plan.hidden, plan.outputs * plan.output_blocks, x.dtype),
+        _padded(w2, plan.hidden, plan.second_width, x.dtype),
         _halves(bias2.to(acc), form),
     )
 
 
-def _coupling_constants(
-    plan: _Plan, part: int, form: CouplingForm, inverse: bool
-) -> dict[str, Any]:
+def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]:
     block = min(triton.next_power_of_2(part), 32)
     return {"SLOTS": plan.slots, "BLOCK": block, "INVERSE": inverse}
 
@@ -920,7 +941,10 @@ def _launch_both(
     """Products and coupling: in one launch where a program has all hidden units of its images."""
     plan = operands.plan
     options = operands.constants | _product_constants(product) | options
-    groups, product_groups = plan.groups(samples), plan.product_groups(samples) * product.splits
+    options["num_warps"] = 8 if plan.tile * product.columns > 64 * 128 else 4
+    groups = plan.groups(samples, plan.slots, plan.tile)
+    product_groups = plan.groups(samples, 1 if plan.dense else plan.slots, plan.tile)
+    product_groups *= product.splits
     if product.splits == 1 and not plan.dense:
         launch(kernel, (groups,), *arguments, **options, PRODUCTS=True, COUPLE=True)
     else:
@@ -960,8 +984,9 @@ def map(
         *(_map_kernel, operands, plan.forward, samples),
         *(inputs, log_scale, bias, operands.w1, operands.b1, operands.w2, operands.b2),
         *(gain, log_det, scratch, out, total, samples, _rows_of(samples, plan)),
-        **_coupling_constants(plan, max(plan.moved, plan.kept), form, inverse),
+        **_coupling_constants(plan, max(plan.moved, plan.kept), inverse),
         **_form_constants(form),
+        SECOND_WIDTH=plan.second_width,
     )
     return _like(out, x), total
 
@@ -985,7 +1010,7 @@ def gradients(
     plan, w1, b1, w2, b2 = operands.plan, operands.w1, operands.b1, operands.w2, operands.b2
     y, grad, samples = _nhwc(out), _nhwc(grad_out), out.shape[0]
     rows, acc = _rows_of(samples, plan), accumulate_dtype(out)
-    groups = plan.groups(samples) * plan.tiles
+    groups = plan.groups(samples, plan.slots, plan.tile) * triton.cdiv(plan.pixels, plan.tile)
     norm = (log_scale, bias)
 
     # The conditioner again, then the coupling backwards.
@@ -997,8 +1022,9 @@ def gradients(
         *(grad, grad_log_det, y, *norm, w1, b1, w2, b2, gain),
         *(_scratch(out, plan, plan.forward, 2 * plan.moved), grad_in, grad_params, of_moved),
         *(samples, rows),
-        **_coupling_constants(plan, plan.moved, form, inverse),
+        **_coupling_constants(plan, plan.moved, inverse),
         **_form_constants(form),
+        SECOND_WIDTH=plan.second_width,
     )
 
     # Through the conditioner, to the identity part.
@@ -1010,8 +1036,9 @@ def gradients(
         *(_identity_backward_kernel, operands, plan.backward, samples),
         *(grad, y, *norm, w1, b1, grad_params, w2t, w1t),
         *(_scratch(out, plan, plan.backward, plan.kept), grad_in, of_kept, samples, rows),
-        **_coupling_constants(plan, plan.kept, form, inverse),
+        **_coupling_constants(plan, plan.kept, inverse),
         **outputs,
+        SECOND_WIDTH=plan.first_width,
     )
 
     on_load = norm if inverse else (None, None)
@@ -1052,18 +1079,18 @@ def _weight_gradient(
     """Of w2 (`second`), or of w1t and of the first bias; rows of hidden units."""
     plan, samples = operands.plan, y.shape[0]
     length = plan.taps * (2 * plan.moved if second else plan.kept)
-    columns, column_blocks = (
-        (plan.outputs, plan.output_blocks) if second else (plan.inputs, plan.input_blocks)
-    )
-    units = min(64, plan.hidden)
+    columns, column_blocks = _blocks(length, plan.widest, plan.widest)
+    units, tile = min(64, plan.hidden), 64
     blocks = plan.hidden // units * column_blocks
-    tiles = plan.product_groups(samples) * (1 if plan.dense else plan.tiles)
+    slots = 1 if plan.dense else plan.slots
+    tiles = plan.groups(samples, slots, tile)
+    tiles *= 1 if plan.dense else triton.cdiv(plan.pixels, tile)
     iterations = max(1, triton.cdiv(tiles * blocks, _PROGRAMS))
     parts = triton.cdiv(tiles, iterations)
     acc = accumulate_dtype(y)
     partials = y.new_empty(parts, plan.hidden, length, dtype=acc)
     sums = None if second else y.new_empty(parts, plan.hidden, dtype=acc)
-    options = operands.constants | outputs
+    options = operands.constants | outputs | {"TILE": tile}
     launch(
         *(_weights_kernel, (parts * blocks,)),
         *(y, *norm, w1t, operands.b1, grad_params, w2, partials, sums, samples, iterations),
@@ -1071,7 +1098,10 @@ def _weight_gradient(
         UNITS=units,
         COLUMNS=columns,
         COLUMN_BLOCKS=column_blocks,
-        SLOTS=1 if plan.dense else plan.slots,
+        FIRST_WIDTH=plan.first_width,
+        SECOND_WIDTH=plan.second_width,
+        SLOTS=slots,
         SECOND=second,
+        num_warps=4,
     )
     return partials.sum(0), None if sums is None else sums.sum(0)
