@@ -112,8 +112,10 @@ Range part_of(int64_t size, int64_t parts, int64_t i) {
   return {i * size / parts, (i + 1) * size / parts};
 }
 
-// Of an elementwise operation that takes as long, about.
-int64_t elements(double flops) { return static_cast<int64_t>(flops / 256); }
+// Of an elementwise operation that takes as long, about; each weight is moved once or twice.
+int64_t elements(const Net& net, double flops) {
+  return static_cast<int64_t>(flops / 256) + net.weights() / 2;
+}
 
 // Ranges into which the hidden rows are cut, for there to be enough items.
 int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
@@ -180,15 +182,14 @@ void stage(const Grid& grid, const Source& source, const Layout& layout, int64_t
         const int64_t lane = group * kPanel + l, sample = lane / grid.strips;
         const int64_t above = (lane % grid.strips) * grid.core() - grid.halo();
         const int64_t position = above * grid.width + begin;
-        const float* from =
-            source.data + (sample * source.all + source.first + c) * plane + position;
+        const float* from = source.data + (sample * source.all + source.first + c) * plane;
         if (grid.strips == 1 && l + 4 <= lanes) {
-          stage_four(from, source.all * plane, count, scale, shift, panel + l, step);
+          stage_four(from + position, source.all * plane, count, scale, shift, panel + l, step);
           l += 4;
           continue;
         }
         if (position >= 0 && position < plane)
-          for (int64_t i = 0; i < count; ++i) panel[i * step + l] = from[i] * scale + shift;
+          for (int64_t i = 0; i < count; ++i) panel[i * step + l] = from[position + i] * scale + shift;
         ++l;
       }
     }
@@ -489,7 +490,7 @@ struct Forward {
     partial = shared_scratch.take(halves.floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
-#pragma omp parallel num_threads(team(elements(flops()), threads))
+#pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
@@ -785,7 +786,7 @@ struct Backward {
     partials = shared_scratch.take(all_partials);
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
-#pragma omp parallel num_threads(team(elements(flops()), threads))
+#pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {

@@ -4,6 +4,8 @@ The library computes the conditioner in float32 and in contiguous tensors; what 
 on the way. Actnorm and coupling are those of the op that has them alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,8 @@ def conditioner(
     the channels [first, first + inputs) of x, or these times `scale` plus `shift`, both (inputs,)."""
     out = torch.empty((x.shape[0], weight2.shape[0], *x.shape[2:]), dtype=torch.float32)
     native.load().call(
-        *("conv_conditioner", *_floats(x, scale, shift, weight1, bias1, weight2, bias2), out),
+        "conv_conditioner",
+        *(*_floats(x, scale, shift, weight1, bias1, weight2, bias2), out),
         *_sizes(x, first, weight1, weight2),
     )
     return out
@@ -136,14 +139,14 @@ def gradients(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     moved = weight2.shape[0] // 2
-    wide, vectors = out.to(torch.float32), _floats(log_scale, bias, gain)
+    wide = out.to(torch.float32)
+    vectors = _floats(log_scale, bias, gain)
     # The conditioner's input is actnorm's output in the forward, and the given y in the inverse.
     given = _input(out, moved, *((log_scale, bias) if inverse else (None, None)), form, flip)
     params = _arranged(conditioner(*given, weight1, bias1, weight2, bias2), out)
-    grad_x, grad_params, *of_vectors = coupling.gradients(
-        *(grad_out.to(torch.float32), grad_log_det, wide, params, *vectors),
-        *(None, form, flip, inverse),
-    )
+    choices: tuple[Any, ...] = None, form, flip, inverse
+    operands: tuple[Any, ...] = grad_out.to(torch.float32), grad_log_det, wide, params
+    grad_x, grad_params, *of_vectors = coupling.gradients(*operands, *vectors, *choices)
     assert grad_params is not None
     grad_a, *of_weights = conditioner_backward(grad_params, *given, weight1, bias1, weight2)
     grad_a = _arranged(grad_a, out)
@@ -155,9 +158,9 @@ def gradients(
         )
         of_vectors[:2] = [g + m for g, m in zip(of_vectors[:2], more, strict=True)]  # type: ignore[operator]
     grad_x.narrow(1, first, kept).add_(grad_a)
-    operands = weight1, bias1, weight2, bias2, log_scale, bias, gain
+    parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
     results = (
         None if v is None or g is None else g.to(v.dtype)
-        for g, v in zip((*of_weights, *of_vectors), operands, strict=True)
+        for g, v in zip((*of_weights, *of_vectors), parameters, strict=True)
     )
     return grad_x.to(out.dtype), *results  # type: ignore[return-value]
