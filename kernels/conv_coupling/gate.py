@@ -36,7 +36,7 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launc
         # The widest tiles are those of 16 bits: float32 is compiled in one direction.
         for inverse in (False, True) if dtype == torch.bfloat16 else (False,):
             for launch in _launches(shape, dtype, hidden, inverse):
-                product = launch.options.get("PRODUCTS", True)
+                product = launch.options.get("FUSED", True)
                 yield launch, 16 if product else dtype.itemsize * shape[0] // 2
 
 

@@ -437,6 +437,27 @@ def _identity_backward(
 
 
 @triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
+def _products_kernel(
+    x, log_scale, bias, w1, b1, grad, w2t, second, scratch, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr, chunks, splits,
+    INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
+    OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The products alone, where the hidden units of an image are split among programs."""
+    _products(
+        x, log_scale, bias, w1, b1, grad, w2t, second, scratch, tl.program_id(0) // splits,
+        tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP,
+        DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS,
+        OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR, GRAD_VECTOR,
+        PRECISION, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
 def _map_kernel(
     x, log_scale, bias, w1, b1, w2, b2, gain, log_det, scratch, out, total, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -447,34 +468,24 @@ def _map_kernel(
     INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Products, then coupling: in one launch, or where hidden units are split among programs in two."""
-    if PRODUCTS:
-        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-        ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
-        if INVERSE:
-            _products(
-                x, None, None, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
-                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
-                TILE, VECTOR, 1, PRECISION, ACC,
-            )  # fmt: skip
-        else:
-            _products(
-                x, log_scale, bias, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
-                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
-                TILE, VECTOR, 1, PRECISION, ACC,
-            )  # fmt: skip
-    if PRODUCTS and COUPLE:
-        tl.debug_barrier()  # scratch is now visible to all threads of the program
-    if COUPLE:
-        _couple(
-            x, log_scale, bias, b2, gain, log_det, scratch, out, total, tl.program_id(0), samples,
-            rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP,
-            EPS, FACTOR, SHIFT_FIRST, NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    """Products (FUSED, else they have been made) and coupling."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            x, None if INVERSE else log_scale, None if INVERSE else bias, w1, b1,
+            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            1, PRECISION, ACC,
         )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _couple(
+        x, log_scale, bias, b2, gain, log_det, scratch, out, total, group, samples,
+        rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP,
+        EPS, FACTOR, SHIFT_FIRST, NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
@@ -489,35 +500,25 @@ def _couple_backward_kernel(
     INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """The conditioner again, from the output's identity part, then the coupling backwards."""
-    if PRODUCTS:
-        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-        ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
-        if INVERSE:
-            _products(
-                out, log_scale, bias, w1, b1, None, None, w2, scratch, group, split, samples,
-                rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS,
-                SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, 1, PRECISION, ACC,
-            )  # fmt: skip
-        else:
-            _products(
-                out, None, None, w1, b1, None, None, w2, scratch, group, split, samples, rows,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden,
-                UNITS, chunks, INPUTS, INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS,
-                TILE, VECTOR, 1, PRECISION, ACC,
-            )  # fmt: skip
-    if PRODUCTS and COUPLE:
-        tl.debug_barrier()
-    if COUPLE:
-        _couple_backward(
-            grad_out, grad_log_det, out, log_scale, bias, b2, gain, scratch, grad_in,
-            grad_params, partials, tl.program_id(0), samples, rows, CHANNELS, MOVED, HEIGHT,
-            WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP, EPS, FACTOR, SHIFT_FIRST,
-            NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    """The conditioner again (FUSED), from the output's identity part, then the coupling backwards."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
+            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            1, PRECISION, ACC,
         )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _couple_backward(
+        grad_out, grad_log_det, out, log_scale, bias, b2, gain, scratch, grad_in,
+        grad_params, partials, group, samples, rows, CHANNELS, MOVED, HEIGHT,
+        WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP, EPS, FACTOR, SHIFT_FIRST,
+        NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
@@ -531,35 +532,24 @@ def _identity_backward_kernel(
     INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, PRODUCTS: tl.constexpr, COUPLE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient through the conditioner, and of the identity part."""
-    if PRODUCTS:
-        group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-        ROW_SLOTS: tl.constexpr = 1 if DENSE else SLOTS
-        if INVERSE:
-            _products(
-                out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, group, split,
-                samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE,
-                NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS,
-                OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR,
-                PRECISION, ACC,
-            )  # fmt: skip
-        else:
-            _products(
-                out, None, None, w1, b1, grad_params, w2t, w1t, scratch, group, split, samples,
-                rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, COLUMNS,
-                COLUMN_BLOCKS, SECOND_WIDTH, ROW_SLOTS, TILE, VECTOR, GRAD_VECTOR, PRECISION, ACC,
-            )  # fmt: skip
-    if PRODUCTS and COUPLE:
-        tl.debug_barrier()
-    if COUPLE:
-        _identity_backward(
-            grad_out, out, log_scale, bias, scratch, grad_in, partials, tl.program_id(0), samples,
-            rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE,
-            NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    """The gradient through the conditioner (FUSED), and that of the identity part."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
+            grad_params, w2t, w1t, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            GRAD_VECTOR, PRECISION, ACC,
         )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _identity_backward(
+        grad_out, out, log_scale, bias, scratch, grad_in, partials, group, samples,
+        rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE,
+        NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("samples", "iterations"))
@@ -747,6 +737,12 @@ def _padded_to(length: int) -> int:
     return triton.cdiv(length, 128) * 128 if length > 128 else _blocks(length, 128, 128)[0]
 
 
+def _warps(x: Tensor, rows: int, columns: int) -> int:
+    """So that a thread has at most 32 registers for the sums of a tile, or 16 where it needs as many
+    again for the parts of float32 operands."""
+    return 8 if rows * columns * x.element_size() >= 64 * 256 else 4
+
+
 def _vector(x: Tensor, *sizes: int) -> int:
     """Elements that divide all sizes, 16 bytes at most."""
     widest = 16 // x.element_size()
@@ -774,6 +770,8 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         "PRECISION": "tf32x3",
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "num_stages": 2,
+        # Without a limit ptxas now and then spills a few registers to come down to a round number.
+        "maxnreg": 255,
     }
 
 
@@ -930,36 +928,42 @@ def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]
     return {"SLOTS": plan.slots, "BLOCK": block, "INVERSE": inverse}
 
 
+_NO_GRADIENT = {"OUTPUTS": 16, "OUTPUT_BLOCKS": 1, "GRAD_VECTOR": 1}
+
+
+def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
+    """Launch with those of the options that the kernel knows."""
+    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+    launch(kernel, (grid,), *arguments, **{k: v for k, v in options.items() if k in known})
+
+
 def _launch_both(
     kernel: Any,
     operands: _Operands,
     product: _Product,
     samples: int,
-    *arguments: Any,
+    products: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     **options: Any,
 ) -> None:
     """Products and coupling: in one launch where a program has all hidden units of its images."""
     plan = operands.plan
+    sizes = samples, samples * (1 if plan.dense else plan.pixels)
     options = operands.constants | _product_constants(product) | options
-    options["num_warps"] = 8 if plan.tile * product.columns > 64 * 128 else 4
-    groups = plan.groups(samples, plan.slots, plan.tile)
-    product_groups = plan.groups(samples, 1 if plan.dense else plan.slots, plan.tile)
-    product_groups *= product.splits
-    if product.splits == 1 and not plan.dense:
-        launch(kernel, (groups,), *arguments, **options, PRODUCTS=True, COUPLE=True)
-    else:
-        launch(kernel, (product_groups,), *arguments, **options, PRODUCTS=True, COUPLE=False)
-        launch(kernel, (groups,), *arguments, **options, PRODUCTS=False, COUPLE=True)
+    options["num_warps"] = _warps(operands.w1, plan.tile, product.columns)
+    fused = product.splits == 1 and not plan.dense
+    if not fused:
+        slots = 1 if plan.dense else plan.slots
+        grid = plan.groups(samples, slots, plan.tile) * product.splits
+        _launch(_products_kernel, grid, *products, *sizes, **(options | {"SLOTS": slots}))
+    grid = plan.groups(samples, plan.slots, plan.tile)
+    _launch(kernel, grid, *arguments, *sizes, **options, FUSED=fused)
 
 
 def _scratch(x: Tensor, plan: _Plan, product: _Product, part: int) -> Tensor:
     """For each split, row and column of a product."""
     length = x.shape[0] * plan.pixels * part * (1 if plan.dense else plan.taps)
     return x.new_empty(product.splits, length, dtype=accumulate_dtype(x))
-
-
-def _rows_of(samples: int, plan: _Plan) -> int:
-    return samples if plan.dense else samples * plan.pixels
 
 
 def map(
@@ -980,12 +984,15 @@ def map(
     plan, inputs, samples = operands.plan, _nhwc(x), x.shape[0]
     out, total = torch.empty_like(inputs), x.new_empty(samples, dtype=accumulate_dtype(x))
     scratch = _scratch(x, plan, plan.forward, 2 * plan.moved)
+    weights = operands.w1, operands.b1
+    norm, on_load = (log_scale, bias), (None, None) if inverse else (log_scale, bias)
     _launch_both(
         *(_map_kernel, operands, plan.forward, samples),
-        *(inputs, log_scale, bias, operands.w1, operands.b1, operands.w2, operands.b2),
-        *(gain, log_det, scratch, out, total, samples, _rows_of(samples, plan)),
+        (inputs, *on_load, *weights, None, None, operands.w2, scratch),
+        (inputs, *norm, *weights, operands.w2, operands.b2, gain, log_det, scratch, out, total),
         **_coupling_constants(plan, max(plan.moved, plan.kept), inverse),
         **_form_constants(form),
+        **_NO_GRADIENT,
         SECOND_WIDTH=plan.second_width,
     )
     return _like(out, x), total
@@ -1009,21 +1016,25 @@ def gradients(
     operands = _operands(out, weight1, bias1, weight2, bias2, form, flip)
     plan, w1, b1, w2, b2 = operands.plan, operands.w1, operands.b1, operands.w2, operands.b2
     y, grad, samples = _nhwc(out), _nhwc(grad_out), out.shape[0]
-    rows, acc = _rows_of(samples, plan), accumulate_dtype(out)
+    acc = accumulate_dtype(out)
     groups = plan.groups(samples, plan.slots, plan.tile) * triton.cdiv(plan.pixels, plan.tile)
-    norm = (log_scale, bias)
+    norm, on_load = (log_scale, bias), (log_scale, bias) if inverse else (None, None)
 
     # The conditioner again, then the coupling backwards.
     grad_in = torch.empty_like(y)
     grad_params = y.new_empty(samples, plan.height, plan.width, 2 * plan.moved)
     of_moved = y.new_empty(groups, 5, plan.moved, dtype=acc)
+    scratch = _scratch(out, plan, plan.forward, 2 * plan.moved)
     _launch_both(
         *(_couple_backward_kernel, operands, plan.forward, samples),
-        *(grad, grad_log_det, y, *norm, w1, b1, w2, b2, gain),
-        *(_scratch(out, plan, plan.forward, 2 * plan.moved), grad_in, grad_params, of_moved),
-        *(samples, rows),
+        (y, *on_load, w1, b1, None, None, w2, scratch),
+        (
+            *(grad, grad_log_det, y, *norm, w1, b1, w2, b2, gain, scratch),
+            *(grad_in, grad_params, of_moved),
+        ),
         **_coupling_constants(plan, plan.moved, inverse),
         **_form_constants(form),
+        **_NO_GRADIENT,
         SECOND_WIDTH=plan.second_width,
     )
 
@@ -1032,16 +1043,16 @@ def gradients(
     outputs = {"OUTPUTS": plan.outputs, "OUTPUT_BLOCKS": plan.output_blocks}
     outputs["GRAD_VECTOR"] = min(_vector(out, 2 * plan.moved), plan.outputs)
     of_kept = y.new_empty(groups, 2, plan.kept, dtype=acc)
+    scratch = _scratch(out, plan, plan.backward, plan.kept)
     _launch_both(
         *(_identity_backward_kernel, operands, plan.backward, samples),
-        *(grad, y, *norm, w1, b1, grad_params, w2t, w1t),
-        *(_scratch(out, plan, plan.backward, plan.kept), grad_in, of_kept, samples, rows),
+        (y, *on_load, w1, b1, grad_params, w2t, w1t, scratch),
+        (grad, y, *norm, w1, b1, grad_params, w2t, w1t, scratch, grad_in, of_kept),
         **_coupling_constants(plan, plan.kept, inverse),
         **outputs,
         SECOND_WIDTH=plan.first_width,
     )
 
-    on_load = norm if inverse else (None, None)
     first, sums = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, False)
     second, _ = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, True)
     assert sums is not None
@@ -1102,6 +1113,6 @@ def _weight_gradient(
         SECOND_WIDTH=plan.second_width,
         SLOTS=slots,
         SECOND=second,
-        num_warps=4,
+        num_warps=_warps(y, units, columns),
     )
     return partials.sum(0), None if sums is None else sums.sum(0)
