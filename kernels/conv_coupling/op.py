@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, check_float, operator
+from .._operator import check, operator
 from ..actnorm_coupling.form import PLAIN, CouplingForm
 from ..actnorm_coupling.op import _arranged, _check_input, _new, _vectors
 from ..actnorm_coupling.reference import accumulate_dtype
@@ -25,9 +25,7 @@ def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
         from . import triton_impl  # only here: triton is not installed everywhere
 
         return triton_impl
-    if backend == "native" and hasattr(native_impl, "map"):
-        return native_impl
-    return reference
+    return native_impl if backend == "native" else reference
 
 
 # --- bodies: arranged operands to the implementation that fits them ------------------------------

@@ -694,7 +694,7 @@ def _blocks(length: int, widest: int, otherwise: int) -> tuple[int, int]:
 def _product(length: int, hidden: int, dense: bool, narrow: bool) -> _Product:
     columns, blocks = _blocks(length, *(256, 128) if narrow else (64, 64))
     if blocks > 1:
-        units = min(128 if narrow else 64, hidden)
+        units = min(128 if narrow else 32, hidden)
         return _Product(units, 1, hidden // units, columns, blocks)
     units = min(64 if narrow else 32, hidden)
     # Of a small image there are few tiles: more programs come from the hidden units.
@@ -719,7 +719,7 @@ def _plan(
     hidden *= chunks
     taps = pixels if dense else size**2
     inputs, outputs = taps * (channels - moved), taps * 2 * moved
-    deep, widest = (64, 128) if narrow else (32, 64)  # columns of a block
+    deep, widest = (64, 128) if narrow else (16, 64)  # columns of a block
     return _Plan(
         *(channels, moved, height, width, size, dense, hidden),
         *(*_blocks(inputs, deep, deep), *_blocks(outputs, deep, deep)),
@@ -735,12 +735,6 @@ def _plan(
 def _padded_to(length: int) -> int:
     """A multiple of every block's size."""
     return triton.cdiv(length, 128) * 128 if length > 128 else _blocks(length, 128, 128)[0]
-
-
-def _warps(x: Tensor, rows: int, columns: int) -> int:
-    """So that a thread has at most 32 registers for the sums of a tile, or 16 where it needs as many
-    again for the parts of float32 operands."""
-    return 8 if rows * columns * x.element_size() >= 64 * 256 else 4
 
 
 def _vector(x: Tensor, *sizes: int) -> int:
@@ -769,6 +763,7 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         # Of float32 operands; close to float32, at a third of the speed of TF32. README.md: Precision.
         "PRECISION": "tf32x3",
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": 8,
         "num_stages": 2,
         # Without a limit ptxas now and then spills a few registers to come down to a round number.
         "maxnreg": 255,
@@ -950,7 +945,6 @@ def _launch_both(
     plan = operands.plan
     sizes = samples, samples * (1 if plan.dense else plan.pixels)
     options = operands.constants | _product_constants(product) | options
-    options["num_warps"] = _warps(operands.w1, plan.tile, product.columns)
     fused = product.splits == 1 and not plan.dense
     if not fused:
         slots = 1 if plan.dense else plan.slots
@@ -1091,7 +1085,7 @@ def _weight_gradient(
     plan, samples = operands.plan, y.shape[0]
     length = plan.taps * (2 * plan.moved if second else plan.kept)
     columns, column_blocks = _blocks(length, plan.widest, plan.widest)
-    units, tile = min(64, plan.hidden), 64
+    units, tile = min(64, plan.hidden), 64 if y.element_size() == 2 else 32
     blocks = plan.hidden // units * column_blocks
     slots = 1 if plan.dense else plan.slots
     tiles = plan.groups(samples, slots, tile)
@@ -1113,6 +1107,5 @@ def _weight_gradient(
         SECOND_WIDTH=plan.second_width,
         SLOTS=slots,
         SECOND=second,
-        num_warps=_warps(y, units, columns),
     )
     return partials.sum(0), None if sums is None else sums.sum(0)
