@@ -13,6 +13,7 @@ from .actnorm_coupling import (
     coupling_chain,
 )
 from .boundary_sample import boundary_sample
+from .conv_coupling import conv_coupling, conv_coupling_inverse
 from .dequantize_logit import dequantize_logit, logit_transform, logit_transform_inverse
 from .gmm_log_prob import GmmLogProb, gmm_log_prob
 from .standard_normal_log_prob import standard_normal_log_prob
@@ -30,6 +31,8 @@ __all__ = [
     "actnorm_inverse",
     "actnorm_statistics",
     "boundary_sample",
+    "conv_coupling",
+    "conv_coupling_inverse",
     "coupling_chain",
     "dequantize_logit",
     "fuse",

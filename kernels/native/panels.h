@@ -1,0 +1,182 @@
+// Products of matrices whose columns come in panels: kPanel numbers side by side, two registers, for each
+// row. The tiles below keep their sums in registers and read everything else from the first-level cache.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "native/lanes.h"
+
+namespace {
+
+constexpr int64_t kPanel = 2 * kLanes;
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // 24 of 32 registers hold sums
+#else
+constexpr int kTileRows = 6;  // 12 of 16
+#endif
+
+inline void store(Lanes value, float* to) { std::memcpy(to, &value, sizeof value); }
+
+inline Lanes spread(float value) { return value - Lanes{}; }
+
+// n things in parts of almost the same size, at most `most`: part i begins at begin(i).
+struct Parts {
+  int64_t size, count;
+
+  Parts(int64_t size, int64_t most) : size(size), count((size + most - 1) / most) {}
+  int64_t begin(int64_t i) const { return i * size / count; }
+  int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// f(std::integral_constant<int, rows>()) for rows in 1 .. most.
+template <int most, class F>
+inline void with_constant(int64_t rows, const F& f) {
+  if constexpr (most == 1) {
+    f(std::integral_constant<int, 1>());
+  } else {
+    if (rows == most)
+      f(std::integral_constant<int, most>());
+    else
+      with_constant<most - 1>(rows, f);
+  }
+}
+
+// A stretch of a sum of products: `count` rows of a panel, and for each the weights of a tile's rows.
+struct Stretch {
+  const float* weights;
+  const float* values;
+  int64_t count;
+};
+
+template <int rows>
+struct Tile {
+  Lanes sum[rows][2];
+
+  void start(const float* values) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = spread(values[r]);
+  }
+
+  void clear() {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = Lanes{};
+  }
+
+  void add(const Stretch& stretch) {
+    const float* weights = stretch.weights;
+    const float* values = stretch.values;
+    for (int64_t k = 0; k < stretch.count; ++k) {
+      const Lanes a = load(values), b = load(values + kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const Lanes weight = spread(weights[r]);
+        sum[r][0] += weight * a;
+        sum[r][1] += weight * b;
+      }
+      weights += rows;
+      values += kPanel;
+    }
+  }
+
+  template <class F>
+  void finish(const F& f) const {  // f(sum, offset in the panel)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      f(sum[r][0], r * kPanel);
+      f(sum[r][1], r * kPanel + kLanes);
+    }
+  }
+};
+
+// --- four lanes at a time -------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define HYBRIDFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t QuadIndex __attribute__((vector_size(16)));
+#define HYBRIDFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, QuadIndex{i, j, k, l})
+#endif
+
+inline void transpose(Quad* rows) {
+  const Quad a = HYBRIDFLOW_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5);
+  const Quad b = HYBRIDFLOW_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+  const Quad c = HYBRIDFLOW_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5);
+  const Quad d = HYBRIDFLOW_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = HYBRIDFLOW_SHUFFLE(a, c, 0, 1, 4, 5);
+  rows[1] = HYBRIDFLOW_SHUFFLE(a, c, 2, 3, 6, 7);
+  rows[2] = HYBRIDFLOW_SHUFFLE(b, d, 0, 1, 4, 5);
+  rows[3] = HYBRIDFLOW_SHUFFLE(b, d, 2, 3, 6, 7);
+}
+
+inline Quad to_quad(Lanes lanes) {
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &lanes, sizeof lanes);
+  Quad total = quads[0];
+  for (int q = 1; q < kLanes / 4; ++q) total += quads[q];
+  return total;
+}
+
+inline Quad fold_four(Lanes first, Lanes second, Lanes third, Lanes fourth) {
+  const Quad a = to_quad(first), b = to_quad(second), c = to_quad(third), d = to_quad(fourth);
+  const Quad ab = HYBRIDFLOW_SHUFFLE(a, b, 0, 4, 1, 5) + HYBRIDFLOW_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Quad cd = HYBRIDFLOW_SHUFFLE(c, d, 0, 4, 1, 5) + HYBRIDFLOW_SHUFFLE(c, d, 2, 6, 3, 7);
+  return HYBRIDFLOW_SHUFFLE(ab, cd, 0, 1, 4, 5) + HYBRIDFLOW_SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+// A pair of panels that belong together, by the offsets of their first rows.
+struct Pair {
+  int64_t a, b;
+};
+
+// Columns of b in a tile of inner products, at most, and the rows of a that go with so many. Three by
+// three is faster than tiles of twelve sums, between which GCC moves registers about.
+constexpr int kInnerColumns = 3;
+constexpr int inner_rows(int columns) {
+  constexpr bool many = kTileRows > 6;  // registers
+  constexpr int rows[] = {8, many ? 8 : 5, many ? 6 : 3};
+  return rows[columns - 1];
+}
+
+// to[r * step + places[c]] += the inner product of row r of all panels in a with row c of those in b.
+template <int rows, int columns>
+inline void inner_products(const float* a, const float* b, const Pair* pairs, int64_t count,
+                           int64_t step, const int64_t* places, float* to) {
+  Lanes sum[columns][rows];
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[c][r] = Lanes{};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from_a = a + pairs[i].a;
+    const float* from_b = b + pairs[i].b;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Lanes x[rows];
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) x[r] = load(from_a + r * kPanel + half * kLanes);
+#pragma GCC unroll 16
+      for (int c = 0; c < columns; ++c) {
+        const Lanes y = load(from_b + c * kPanel + half * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) sum[c][r] += x[r] * y;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r += 4) {
+      const Lanes none = Lanes{};
+      const Quad total = fold_four(sum[c][r], r + 1 < rows ? sum[c][r + 1 < rows ? r + 1 : r] : none,
+                                   r + 2 < rows ? sum[c][r + 2 < rows ? r + 2 : r] : none,
+                                   r + 3 < rows ? sum[c][r + 3 < rows ? r + 3 : r] : none);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        if (r + k < rows) to[(r + k) * step + places[c]] += total[k];
+    }
+  }
+}
+
+}  // namespace
