@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backend
-from .._operator import check, operator
+from .._operator import check, first_order, operator
 from ..actnorm_coupling.form import PLAIN, CouplingForm
 from ..actnorm_coupling.op import _arranged, _check_input, _new, _vectors
 from ..actnorm_coupling.reference import accumulate_dtype
@@ -46,7 +45,7 @@ def _map_body(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
-    operands = (_arranged(x, x), *_vectors(*parameters, log_det))
+    operands = (*_arranged(x), *_vectors(*parameters, log_det))
     implementation = _implementation(*operands)
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
@@ -67,12 +66,8 @@ def _gradients_body(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
-    operands = (
-        _arranged(grad, out),
-        grad_log_det.contiguous(),
-        _arranged(out, out),
-        *_vectors(*parameters),
-    )
+    out, grad = _arranged(out, grad)
+    operands = (grad, grad_log_det.contiguous(), out, *_vectors(*parameters))
     implementation = _implementation(out, *operands)
     grads = implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
     # An operator returns tensors only: an empty one stands for that of an operand not given.
@@ -127,7 +122,7 @@ class _ConvCoupling(torch.autograd.Function):
         return out, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -28,6 +28,17 @@ inline Lanes load(const float* from) {
 
 inline void store(Lanes value, float* to) { std::memcpy(to, &value, sizeof value); }
 
+template <class F>
+F every(float value);  // in each lane
+template <>
+inline float every<float>(float value) {
+  return value;
+}
+template <>
+inline Lanes every<Lanes>(float value) {
+  return value - Lanes{};
+}
+
 typedef float Quad __attribute__((vector_size(16)));
 
 inline float fold(Lanes lanes) {

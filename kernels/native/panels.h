@@ -17,10 +17,6 @@ constexpr int kTileRows = 12;  // 24 of 32 registers hold sums
 constexpr int kTileRows = 6;  // 12 of 16
 #endif
 
-inline void store(Lanes value, float* to) { std::memcpy(to, &value, sizeof value); }
-
-inline Lanes spread(float value) { return value - Lanes{}; }
-
 // n things in parts of almost the same size, at most `most`: part i begins at begin(i).
 struct Parts {
   int64_t size, count;
@@ -56,7 +52,7 @@ struct Tile {
 
   void start(const float* values) {
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = spread(values[r]);
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = every<Lanes>(values[r]);
   }
 
   void clear() {
@@ -71,7 +67,7 @@ struct Tile {
       const Lanes a = load(values), b = load(values + kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const Lanes weight = spread(weights[r]);
+        const Lanes weight = every<Lanes>(weights[r]);
         sum[r][0] += weight * a;
         sum[r][1] += weight * b;
       }

@@ -36,17 +36,6 @@ inline BitLanes as_unsigned(IntLanes value) { return (BitLanes)value; }
 inline float to_float(int32_t value) { return static_cast<float>(value); }
 inline Lanes to_float(IntLanes value) { return __builtin_convertvector(value, Lanes); }
 
-template <class F>
-F every(float value);  // in each lane
-template <>
-inline float every<float>(float value) {
-  return value;
-}
-template <>
-inline Lanes every<Lanes>(float value) {
-  return value - Lanes{};
-}
-
 // The larger and the smaller of a and b; b if either is NaN.
 inline float larger(float a, float b) { return a > b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }

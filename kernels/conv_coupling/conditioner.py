@@ -1,0 +1,126 @@
+"""The conditioner by itself: for a coupling that keeps its parameters, which costs memory and saves time."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _backend
+from .._operator import check, check_float, first_order, operator
+from . import native_impl
+
+__all__ = ["conv_conditioner", "is_faster"]
+
+_SIZES = (1, 3)  # of the convolutions' kernels
+_FEWEST_POSITIONS = 64  # in a batch
+
+
+def is_faster(a: Tensor) -> bool:
+    """Whether `conv_conditioner` of this input is made by kernels of its own, and these are the faster.
+
+    So it is of float32 on a CPU, once a batch has 64 positions: below that the wide networks of 2x2
+    images take longer than PyTorch's, since their weights are all there is to move. Measured by
+    `python -m benchmarks.conditioners`.
+    """
+    return (
+        a.dtype is torch.float32
+        and _backend.choose(a) == "native"
+        and a.shape[0] * a.shape[2:].numel() >= _FEWEST_POSITIONS
+    )
+
+
+def _forward_body(
+    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    return native_impl.conditioner(a, 0, None, None, weight1, bias1, weight2, bias2)
+
+
+def _forward_fake(
+    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    return a.new_empty((a.shape[0], weight2.shape[0], *a.shape[2:]))
+
+
+def _backward_body(
+    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return native_impl.conditioner_backward(grad, a, 0, None, None, weight1, bias1, weight2)
+
+
+def _backward_fake(
+    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = weight2.shape[0]
+    shapes = (a.shape, weight1.shape, bias1.shape, weight2.shape, (outputs,))
+    return tuple(a.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
+
+
+_forward = operator("conv_conditioner", _forward_body, _forward_fake)
+_backward = operator("conv_conditioner_backward", _backward_body, _backward_fake)
+
+
+class _ConvConditioner(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(a, weight1, bias1, weight2)
+        return _forward(a, weight1, bias1, weight2, bias2)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _backward(grad, *ctx.saved_tensors)
+
+
+def conv_conditioner(
+    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Two convolutions with a ReLU between them, whose hidden layer is never stored.
+
+        params = conv(relu(conv(a, weight1) + bias1), weight2) + bias2
+
+    Convolutions have stride 1 and zeros around the image, so that h and w stay. On a CPU, in float32,
+    the hidden layer stays in the cache, and the backward makes it again; elsewhere this is PyTorch's
+    own convolutions. Differentiable once, with respect to every argument.
+
+    Args:
+        a: (B, I, h, w).
+        weight1: (H, I, K, K), with K 1 or 3.
+        bias1: (H,).
+        weight2: (O, H, K, K).
+        bias2: (O,).
+
+    Returns:
+        params, (B, O, h, w).
+
+    Raises:
+        ValueError: a shape, type or device does not fit.
+    """
+    _check(a, weight1, bias1, weight2, bias2)
+    if a.dtype is torch.float32 and _backend.choose(a) == "native":
+        return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2)
+    pad = weight1.shape[2] // 2
+    hidden = F.conv2d(a, weight1, bias1, padding=pad).relu()
+    return F.conv2d(hidden, weight2, bias2, padding=pad)
+
+
+def _check(a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
+    if a.dim() != 4 or 0 in a.shape[1:]:
+        raise ValueError(f"a: got shape {tuple(a.shape)}, want (B, I, h, w), none but B zero")
+    check_float("a", a)
+    if weight1.dim() != 4 or weight1.shape[0] < 1 or weight1.shape[2] not in _SIZES:
+        raise ValueError(
+            f"weight1: got shape {tuple(weight1.shape)}, want (H, I, K, K) with H at least 1 and K "
+            f"one of {_SIZES}"
+        )
+    hidden, size = weight1.shape[0], weight1.shape[2]
+    check("weight1", weight1, (hidden, a.shape[1], size, size), a, a.dtype)
+    check("bias1", bias1, (hidden,), a, a.dtype)
+    if weight2.dim() != 4 or weight2.shape[0] < 1:
+        raise ValueError(
+            f"weight2: got shape {tuple(weight2.shape)}, want (O, H, K, K) with O at least 1"
+        )
+    check("weight2", weight2, (weight2.shape[0], hidden, size, size), a, a.dtype)
+    check("bias2", bias2, (weight2.shape[0],), a, a.dtype)
