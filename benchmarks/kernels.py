@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.measuring import quantiles
 
-__all__ = ["condense", "main", "speed_up"]
+__all__ = ["commit", "condense", "main", "speed_up"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = {
         "command": ["python", "-m", "benchmarks.kernels", *(argv or sys.argv[1:])],
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "quick": args.quick,
         "load": {"before": round(load, 2), "others": round(others, 3)},
         "stopped": stopped,
@@ -141,7 +141,7 @@ def _others(before: tuple[float, ...], after: tuple[float, ...]) -> float:
     return max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1))
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend
-from .._operator import check, check_float, first_order, operator
+from .._operator import check, check_float, first_order
 from . import native_impl
 
 __all__ = ["conv_conditioner", "is_faster"]
@@ -23,41 +23,12 @@ def is_faster(a: Tensor) -> bool:
     images take longer than PyTorch's, since their weights are all there is to move. Measured by
     `python -m benchmarks.conditioners`.
     """
-    return (
-        a.dtype is torch.float32
-        and _backend.choose(a) == "native"
-        and a.shape[0] * a.shape[2:].numel() >= _FEWEST_POSITIONS
-    )
+    return a.shape[0] * a.shape[2:].numel() >= _FEWEST_POSITIONS and _is_native(a)
 
 
-def _forward_body(
-    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:
-    return native_impl.conditioner(a, 0, None, None, weight1, bias1, weight2, bias2)
-
-
-def _forward_fake(
-    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:
-    return a.new_empty((a.shape[0], weight2.shape[0], *a.shape[2:]))
-
-
-def _backward_body(
-    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return native_impl.conditioner_backward(grad, a, 0, None, None, weight1, bias1, weight2)
-
-
-def _backward_fake(
-    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = weight2.shape[0]
-    shapes = (a.shape, weight1.shape, bias1.shape, weight2.shape, (outputs,))
-    return tuple(a.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
-
-
-_forward = operator("conv_conditioner", _forward_body, _forward_fake)
-_backward = operator("conv_conditioner_backward", _backward_body, _backward_fake)
+def _is_native(a: Tensor) -> bool:
+    compiling = torch.compiler.is_compiling()  # then the choice could not be traced
+    return not compiling and a.dtype is torch.float32 and _backend.choose(a) == "native"
 
 
 class _ConvConditioner(torch.autograd.Function):
@@ -66,12 +37,13 @@ class _ConvConditioner(torch.autograd.Function):
         ctx: Any, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
     ) -> Tensor:
         ctx.save_for_backward(a, weight1, bias1, weight2)
-        return _forward(a, weight1, bias1, weight2, bias2)
+        return native_impl.conditioner(a, 0, None, None, weight1, bias1, weight2, bias2)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _backward(grad, *ctx.saved_tensors)
+        a, *parameters = ctx.saved_tensors
+        return native_impl.conditioner_backward(grad, a, 0, None, None, *parameters)
 
 
 def conv_conditioner(
@@ -82,8 +54,9 @@ def conv_conditioner(
         params = conv(relu(conv(a, weight1) + bias1), weight2) + bias2
 
     Convolutions have stride 1 and zeros around the image, so that h and w stay. On a CPU, in float32,
-    the hidden layer stays in the cache, and the backward makes it again; elsewhere this is PyTorch's
-    own convolutions. Differentiable once, with respect to every argument.
+    the hidden layer stays in the cache, and the backward makes it again; elsewhere, and under
+    torch.compile, this is PyTorch's own convolutions. Differentiable once, with respect to every
+    argument.
 
     Args:
         a: (B, I, h, w).
@@ -99,7 +72,7 @@ def conv_conditioner(
         ValueError: a shape, type or device does not fit.
     """
     _check(a, weight1, bias1, weight2, bias2)
-    if a.dtype is torch.float32 and _backend.choose(a) == "native":
+    if _is_native(a):
         return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2)
     pad = weight1.shape[2] // 2
     hidden = F.conv2d(a, weight1, bias1, padding=pad).relu()

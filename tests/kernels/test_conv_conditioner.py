@@ -1,0 +1,189 @@
+"""The conditioner as an op, and in a fused step. Its kernels: test_conv_conditioner_native.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from hybridflow.flow.coupling import FlowStep
+from hybridflow.flow.coupling import conv_conditioner as make_conditioner
+from hybridflow.kernels import conv_conditioner, fuse, native, unfuse
+from hybridflow.kernels.swap import hybridflow as swap
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing())
+
+
+def plain(a, weight1, bias1, weight2, bias2):
+    pad = weight1.shape[2] // 2
+    return F.conv2d(F.conv2d(a, weight1, bias1, padding=pad).relu(), weight2, bias2, padding=pad)
+
+
+def operands(samples=5, inputs=3, hidden=20, outputs=6, size=3, image=(4, 4), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (samples, inputs, *image),
+        *((hidden, inputs, size, size), (hidden,), (outputs, hidden, size, size), (outputs,)),
+    )
+    made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [v.to(dtype).requires_grad_() for v in made]
+
+
+def results(function, leaves):
+    out = function(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, weights)]
+
+
+@pytest.mark.parametrize("size", (1, 3))
+@pytest.mark.parametrize("image", ((4, 4), (1, 1), (5, 3)), ids=str)
+def test_values_and_gradients_are_those_of_two_convolutions(size, image):
+    leaves = operands(size=size, image=image)
+    exact = results(plain, [v.detach().double().requires_grad_() for v in leaves])
+    for got, want in zip(results(conv_conditioner, leaves), exact, strict=True):
+        assert (got.double() - want).abs().max() <= 200 * 2**-24 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_other_types_are_left_to_pytorch(dtype):
+    leaves = operands(dtype=dtype)
+    for got, want in zip(results(conv_conditioner, leaves), results(plain, leaves), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_compiled_whole_it_is_pytorchs_own():
+    leaves = operands()
+    compiled = torch.compile(conv_conditioner, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled, leaves), results(plain, leaves), strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_an_expanded_gradient_and_strided_operands_are_read_right():
+    leaves = operands()
+    strided = [v.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for v in leaves]
+    assert not any(v.is_contiguous() for v in strided)
+    got = torch.autograd.grad(conv_conditioner(*strided).sum(), strided)
+    want = torch.autograd.grad(plain(*leaves).sum(), leaves)
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).abs().max() <= 200 * 2**-24 * w.abs().max()
+
+
+def test_a_second_derivative_is_refused():
+    leaves = operands()
+    squares = conv_conditioner(*leaves).square()
+    (grad,) = torch.autograd.grad(squares.sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value"),
+    (
+        ("a", 0, torch.randn(5, 3, 4)),
+        ("weight1", 1, torch.randn(20, 3, 2, 2)),
+        ("weight1", 1, torch.randn(20, 4, 3, 3)),
+        ("bias1", 2, torch.randn(19)),
+        ("weight2", 3, torch.randn(6, 20, 1, 1)),
+        ("bias2", 4, torch.randn(6, dtype=torch.float64)),
+    ),
+)
+def test_operands_that_do_not_fit_are_named(name, position, value):
+    given = operands()
+    given[position] = value
+    with pytest.raises(ValueError, match=f"^{name}: got .*, want "):
+        conv_conditioner(*given)
+
+
+# --- in a fused step -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a fused step takes the fused conditioner."""
+    made = []
+
+    def counted(*operands):
+        made.append(operands)
+        return conv_conditioner(*operands)
+
+    monkeypatch.setattr(swap, "conv_conditioner", counted)
+    return made
+
+
+def step(conditioner=None):
+    torch.manual_seed(0)
+    made = FlowStep(6, make_conditioner(3, 8, 6) if conditioner is None else conditioner)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    made.initialise(torch.randn(9, 6, 4, 4))
+    return made
+
+
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+def test_a_fused_step_takes_it_and_unfused_it_is_as_before(calls, direction):
+    model, x = step(), torch.randn(9, 6, 4, 4)
+    before, log_det = getattr(model, direction)(x)
+    fuse(model)
+    after, fused_log_det = getattr(model, direction)(x)
+    assert len(calls) == 1
+    assert torch.allclose(after, before, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(fused_log_det, log_det, rtol=1e-5, atol=1e-4)
+    unfuse(model)
+    assert torch.equal(getattr(model, direction)(x)[0], before) and len(calls) == 1
+
+
+def strange(change):
+    made = make_conditioner(3, 8, 6)
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "conditioner",
+    (
+        lambda: strange(lambda net: net[0].register_forward_hook(lambda *_: None)),
+        lambda: strange(lambda net: net.register_forward_hook(lambda *_: None)),
+        lambda: strange(lambda net: weight_norm(net[2])),
+        lambda: strange(lambda net: net.__setitem__(1, nn.LeakyReLU())),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"),
+            *(nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)),
+        ),
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)),
+        ),
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)),
+        ),
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)),
+        ),
+    ),
+    ids=(
+        "hook",
+        "hook-of-all",
+        "weight-norm",
+        "leaky",
+        "circular",
+        "dilated",
+        "no-bias",
+        "1x1-3x3",
+    ),
+)
+def test_any_other_conditioner_runs_as_it_is(calls, conditioner):
+    model, x = step(conditioner()), torch.randn(9, 6, 4, 4)
+    before = model(x)
+    fuse(model)
+    for got, want in zip(model(x), before, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+def test_it_is_not_taken_where_pytorch_is_faster_or_under_autocast(calls):
+    model = step()
+    fuse(model)
+    model(torch.randn(1, 6, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(9, 6, 4, 4))
+    assert not calls
