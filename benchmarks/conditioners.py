@@ -64,20 +64,27 @@ def _plain(a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Te
 
 
 def _operands(shape: Shape) -> tuple[list[Tensor], Tensor]:
-    """a, weights and biases, and the gradient of the output."""
+    """a, weights and biases, and the gradient of the output.
+
+    What the ReLU sees is a whole number and a half: no rounding decides on which side of zero it is, and
+    all variants have the same gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     half, hidden, outputs = shape.channels // 2, shape.hidden, shape.channels
-    sizes = (
-        (shape.batch, half, shape.size, shape.size),
-        *((hidden, half, 3, 3), (hidden,), (outputs, hidden, 3, 3), (outputs,)),
-    )
-    scales = (1, (9 * half) ** -0.5, 0.1, (9 * hidden) ** -0.5, 0.1)
+    image = shape.size, shape.size
+
+    def whole(most: int, *size: int) -> Tensor:
+        return torch.randint(-most, most + 1, size, generator=generator).float()
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
     values = [
-        scale * torch.randn(size, generator=generator)
-        for size, scale in zip(sizes, scales, strict=True)
+        whole(3, shape.batch, half, *image),
+        *(whole(2, hidden, half, 3, 3), torch.full((hidden,), 0.5)),
+        *(normal(outputs, hidden, 3, 3), normal(outputs)),
     ]
-    grad = torch.randn(shape.batch, outputs, shape.size, shape.size, generator=generator)
-    return values, grad
+    return values, normal(shape.batch, outputs, *image)
 
 
 def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

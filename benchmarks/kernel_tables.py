@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.kernels import speed_up
 
-__all__ = ["memory", "models", "operations", "picture", "priors"]
+__all__ = ["conditioners", "memory", "models", "operations", "picture", "priors"]
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -58,6 +58,39 @@ def priors(results: Results) -> str:
         f"\n{batch} points, {size} dimensions, 10 components; gradients of points and means. "
         "FlowGMM's way, K full covariances built in each call, is written anew here; the others are the "
         "libraries' own, with unit scales."
+    )
+    return "\n".join(lines)
+
+
+def conditioners(results: Results) -> str:
+    """Convolutional conditioners, a row per shape: times, how many times faster, and the rate."""
+    lines = [
+        "| data | batch × channels × size², hidden | eager, ms | compiled, ms | fused, ms | × eager "
+        "| × compiled | GFLOP/s | of a product's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    shapes: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in results["rows"]:
+        key = tuple(row[k] for k in ("data", "batch", "channels", "size", "hidden"))
+        shapes.setdefault(key, {})[row["variant"]] = row
+    for (data, batch, channels, size, hidden), variants in shapes.items():
+        fused, compiled = variants["fused"], variants["compile"]
+        eager = min(
+            (variants[name] for name in ("eager", "eager, channels-last")),
+            key=lambda row: row["us"][1],
+        )
+        times = (_milliseconds(row) for row in (eager, compiled, fused))
+        ratios = (_ratio(fused, row) for row in (eager, compiled))
+        share = f"{fused['gflop_s'] / fused['matmul_gflop_s']:.0%}".replace("%", " %")
+        cells = [data, f"{batch}×{channels}×{size}², {hidden}", *times, *ratios]
+        lines.append(f"| {' | '.join(cells)} | {fused['gflop_s']:.0f} | {share} |")
+    machine = results["machine"]
+    lines.append(
+        "\nMedians of forward and backward; eager is the better of contiguous and channels-last. The rate "
+        "counts three times two 3×3 convolutions, as if no tap fell outside of the image and nothing were "
+        "computed twice; its share is of PyTorch's product of 1024×1024 matrices, measured before each row. "
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+        f"commit {results['commit'][:10]}."
     )
     return "\n".join(lines)
 

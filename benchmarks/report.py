@@ -88,6 +88,7 @@ TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]]
         ("-memory", kernel_tables.memory),
     )
 }
+TABLES["conditioners-cpu"] = (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",))
 PICTURES = ("kernels-cpu", "kernels-cuda")
 
 
