@@ -64,17 +64,23 @@ def _patches(
     TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     k = block * BLOCK + tl.arange(0, BLOCK)
     live = k < TAPS * PART
-    tap, channel = k // PART, k % PART
-    mask = valid[:, None] & live[None, :]
+    tap, channel = tl.max_constancy(k // PART, VECTOR), k % PART
     if DENSE:
         row = sample * (HEIGHT * WIDTH * CHANNELS)
         column = tap * CHANNELS
+        mask = valid[:, None] & live[None, :]
     else:
-        dy = tl.max_constancy((tap // KERNEL - KERNEL // 2) * SIGN, VECTOR)
-        dx = tl.max_constancy((tap % KERNEL - KERNEL // 2) * SIGN, VECTOR)
         row = (sample * (HEIGHT * WIDTH) + pixel) * CHANNELS
+        dy, dx = (tap // KERNEL - KERNEL // 2) * SIGN, (tap % KERNEL - KERNEL // 2) * SIGN
         column = (dy * WIDTH + dx) * CHANNELS
-        mask &= _inside(pixel[:, None], dy[None, :], dx[None, :], HEIGHT, WIDTH)
+        # A bit for each tap: one test for each element instead of six. There are no bits for the
+        # columns of padding, whose taps are 9 and above, but below 32.
+        inside = tl.zeros_like(pixel)
+        for i in tl.static_range(KERNEL * KERNEL):
+            down, right = (i // KERNEL - KERNEL // 2) * SIGN, (i % KERNEL - KERNEL // 2) * SIGN
+            reached = valid & _inside(pixel, down, right, HEIGHT, WIDTH)
+            inside |= tl.where(reached, 1 << i, 0)
+        mask = ((inside[:, None] >> tap[None, :]) & 1) != 0
     column = tl.max_contiguous(tl.multiple_of(column + channel + FIRST, VECTOR), VECTOR)
     base = x + first * (HEIGHT * WIDTH * CHANNELS)
     v = tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
@@ -142,7 +148,7 @@ def _chunk(
         w = _weights(w1, 0, j, hidden, INPUTS, UNITS)
         pre = tl.dot(a, w, pre, input_precision=PRECISION, out_dtype=ACC)
     else:
-        for block in range(INPUT_BLOCKS):
+        for block in tl.range(INPUT_BLOCKS, num_stages=1, disable_licm=True):
             more = _patches(
                 x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
@@ -158,7 +164,7 @@ def _chunk(
             w = _weights(w2t, 0, j, hidden, OUTPUTS, UNITS)
             up = tl.dot(g, w, up, input_precision=PRECISION, out_dtype=ACC)
         else:
-            for block in range(OUTPUT_BLOCKS):
+            for block in tl.range(OUTPUT_BLOCKS, num_stages=1, disable_licm=True):
                 more = _patches(
                     grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
@@ -585,7 +591,7 @@ def _weights_kernel(
             tile // TILES, tile % TILES, samples, PIXELS, SLOTS, TILE
         )
         pre = tl.zeros((UNITS, TILE), ACC)
-        for block in range(INPUT_BLOCKS):
+        for block in tl.range(INPUT_BLOCKS, num_stages=1, disable_licm=True):
             a = _patches(
                 x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
@@ -601,7 +607,7 @@ def _weights_kernel(
             )  # fmt: skip
         else:
             up = tl.zeros((UNITS, TILE), ACC)
-            for block in range(OUTPUT_BLOCKS):
+            for block in tl.range(OUTPUT_BLOCKS, num_stages=1, disable_licm=True):
                 g = _patches(
                     grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
@@ -719,7 +725,7 @@ def _plan(
     hidden *= chunks
     taps = pixels if dense else size**2
     inputs, outputs = taps * (channels - moved), taps * 2 * moved
-    deep, widest = (64, 128) if narrow else (16, 64)  # columns of a block
+    deep, widest = (32, 128) if narrow else (16, 64)  # columns of a block
     return _Plan(
         *(channels, moved, height, width, size, dense, hidden),
         *(*_blocks(inputs, deep, deep), *_blocks(outputs, deep, deep)),
@@ -727,7 +733,7 @@ def _plan(
         _product(inputs, hidden, dense, narrow),
         first_width=_padded_to(inputs),
         second_width=_padded_to(outputs),
-        tile=128 if pixels > 64 and narrow else 64,
+        tile=64,
         widest=widest,
     )
 
