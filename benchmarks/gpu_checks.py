@@ -374,6 +374,17 @@ def _run_chain(x: Tensor, log_det: Tensor, *, inverse: bool, **vectors: Tensor) 
     return kernels.coupling_chain(x, steps, log_det, inverse=inverse)
 
 
+def _conditioner(hidden: int, shape: Shape, g: Generator) -> dict[str, Tensor]:
+    half, outputs = shape[1], 2 * shape[1]
+    return {
+        "a": _normal(*shape, g=g),
+        "weight1": _normal(hidden, half, 3, 3, g=g) / (9 * half) ** 0.5,
+        "bias1": _normal(hidden, g=g),
+        "weight2": _normal(outputs, hidden, 3, 3, g=g) / (9 * hidden) ** 0.5,
+        "bias2": _normal(outputs, g=g),
+    }
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -524,6 +535,14 @@ def _dequantized(shape: Shape, dtype: torch.dtype, levels: int) -> Iterator[Case
         )
 
 
+def _conditioners(shape: Shape, dtype: torch.dtype, hidden: int) -> Iterator[Case]:
+    """In float32 alone, which has kernels."""
+    names = ("a", "weight1", "bias1", "weight2", "bias2")
+    if dtype == torch.float32:
+        make = functools.partial(_conditioner, hidden)
+        yield _case("conv_conditioner", shape, make, ("params",), names, dtype, ())
+
+
 def _chains(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """In float32 alone: in 16 bits the inverted activations differ by more than a rounding."""
     vectors = ("log_scale", "bias", "gain", "weight")
@@ -551,6 +570,7 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *(_samples(7, size, dtype, 0.3) for size in (2, 9)),
         *(case for levels in (2, 256) for case in _dequantized((5, 3, 3, 3), dtype, levels)),
         *_chains((5, 5, 3, 3), dtype),
+        *_conditioners((5, 2, 3, 3), dtype, 8),
     ]
 
 

@@ -12,8 +12,8 @@ from ..actnorm_coupling import (
     coupling_chain,
 )
 from ..actnorm_coupling.op import tap
-from ..conv_coupling import conv_conditioner
-from ..conv_coupling.conditioner import is_faster
+from ..conv_conditioner import conv_conditioner
+from ..conv_conditioner.op import is_faster
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial

@@ -12,7 +12,7 @@ from hybridflow.kernels import native
 if not native.available():
     pytest.skip(native.why_missing(), allow_module_level=True)
 
-from hybridflow.kernels.conv_coupling import native_impl
+from hybridflow.kernels.conv_conditioner import native_impl
 
 # samples, channels of x, first, inputs, hidden, outputs, height, width, window
 SHAPES = [
