@@ -43,7 +43,8 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launc
         for inverse in inverses:
             for launch in _launches(shape, dtype, hidden, inverse):
                 fused = launch.options.get("FUSED", True)
-                yield launch, 16 if fused else dtype.itemsize * shape[0] // 2
+                # A thread's share of the smallest matrices is below 16 bytes.
+                yield launch, min(16, hidden // 4) if fused else dtype.itemsize * shape[0] // 2
 
 
 def _launches(

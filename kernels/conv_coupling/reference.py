@@ -113,9 +113,9 @@ def gradients(
     grad_x = coupling.merge(kept + grad_a, changed, None, flip)
     return (
         torch.empty_like(out).copy_(grad_x),
-        grad_weight1.to(weight1.dtype),
+        grad_weight1.to(weight1.dtype).contiguous(),
         grad_h.sum((0, 2, 3)).to(bias1.dtype),
-        grad_weight2.to(weight2.dtype),
+        grad_weight2.to(weight2.dtype).contiguous(),
         grad_params.sum((0, 2, 3)).to(bias2.dtype),
         grad_log_scale,
         grad_bias,

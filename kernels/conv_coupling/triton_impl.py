@@ -29,6 +29,10 @@ from ..actnorm_coupling.triton_impl import _affine, _affine_backward, _spread, _
 
 __all__ = ["gradients", "map"]
 
+# Not compiled in: so that few kernels serve all batches and hidden layers, and that loops over blocks
+# stay loops, which unrolled take more registers than there are.
+_SIZES = ("samples", "rows", "iterations", "chunks", "splits", "input_blocks", "output_blocks")
+
 
 # --- tiles of rows -------------------------------------------------------------------------------
 
@@ -136,19 +140,20 @@ def _chunk(
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
-    INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    OUTPUT_BLOCKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, TILE: tl.constexpr, VECTOR: tl.constexpr,
     GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """UNITS hidden units from j on, or with `grad` the gradients before their ReLU. `a` and `g` are
     the patches, where they are one block."""
     FIRST: tl.constexpr = MOVED if FLIP else 0
+    PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     pre = tl.zeros((TILE, UNITS), ACC)
-    if INPUT_BLOCKS == 1:
+    if INPUTS >= PATCH * (CHANNELS - MOVED):
         w = _weights(w1, 0, j, hidden, INPUTS, UNITS)
         pre = tl.dot(a, w, pre, input_precision=PRECISION, out_dtype=ACC)
     else:
-        for block in tl.range(INPUT_BLOCKS, num_stages=1, disable_licm=True):
+        for block in range(input_blocks):
             more = _patches(
                 x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
@@ -160,17 +165,17 @@ def _chunk(
         value = tl.maximum(pre, 0.0)
     else:
         up = tl.zeros((TILE, UNITS), ACC)
-        if OUTPUT_BLOCKS == 1:
-            w = _weights(w2t, 0, j, hidden, OUTPUTS, UNITS)
-            up = tl.dot(g, w, up, input_precision=PRECISION, out_dtype=ACC)
+        if OUTPUTS >= PATCH * 2 * MOVED:
+            v = _weights(w2t, 0, j, hidden, OUTPUTS, UNITS)
+            up = tl.dot(g, v, up, input_precision=PRECISION, out_dtype=ACC)
         else:
-            for block in tl.range(OUTPUT_BLOCKS, num_stages=1, disable_licm=True):
-                more = _patches(
+            for block in range(output_blocks):
+                grads = _patches(
                     grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
-                w = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
-                up = tl.dot(more, w, up, input_precision=PRECISION, out_dtype=ACC)
+                v = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
+                up = tl.dot(grads, v, up, input_precision=PRECISION, out_dtype=ACC)
         value = tl.where(pre > 0, up, 0.0)
     return value.to(x.dtype.element_ty)
 
@@ -181,8 +186,8 @@ def _products(
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
-    chunks, INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr,
-    OUTPUTS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+    chunks, INPUTS: tl.constexpr, input_blocks,
+    OUTPUTS: tl.constexpr, output_blocks, COLUMNS: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -198,13 +203,13 @@ def _products(
     for tile in range((PIXELS + TILE - 1) // TILE):
         first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
         a, g = None, None
-        if INPUT_BLOCKS == 1:
+        if INPUTS >= PATCH * (CHANNELS - MOVED):
             a = _patches(
                 x, log_scale, bias, first, sample, pixel, valid, 0, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
             )  # fmt: skip
         if grad is not None:
-            if OUTPUT_BLOCKS == 1:
+            if OUTPUTS >= PATCH * 2 * MOVED:
                 g = _patches(
                     grad, None, None, first, sample, pixel, valid, 0, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
@@ -219,7 +224,7 @@ def _products(
                 h = _chunk(
                     a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
                     CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                    hidden, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, TILE,
+                    hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE,
                     VECTOR, GRAD_VECTOR, PRECISION, ACC,
                 )  # fmt: skip
                 w = _weights(second, j, 0, SECOND_WIDTH, UNITS, COLUMNS)
@@ -230,7 +235,7 @@ def _products(
             h = _chunk(
                 a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
                 CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
-                hidden, UNITS, INPUTS, INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, TILE, VECTOR,
+                hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE, VECTOR,
                 GRAD_VECTOR, PRECISION, ACC,
             )  # fmt: skip
             for block in range(COLUMN_BLOCKS):
@@ -442,14 +447,14 @@ def _identity_backward(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
+@triton.jit(do_not_specialize=_SIZES)
 def _products_kernel(
     x, log_scale, bias, w1, b1, grad, w2t, second, scratch, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr, chunks, splits,
-    INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
     GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -457,13 +462,13 @@ def _products_kernel(
     _products(
         x, log_scale, bias, w1, b1, grad, w2t, second, scratch, tl.program_id(0) // splits,
         tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP,
-        DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, INPUT_BLOCKS, OUTPUTS,
-        OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR, GRAD_VECTOR,
+        DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, input_blocks, OUTPUTS,
+        output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR, GRAD_VECTOR,
         PRECISION, ACC,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
+@triton.jit(do_not_specialize=_SIZES)
 def _map_kernel(
     x, log_scale, bias, w1, b1, w2, b2, gain, log_det, scratch, out, total, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -471,7 +476,7 @@ def _map_kernel(
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
     UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
-    INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    input_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
@@ -483,7 +488,7 @@ def _map_kernel(
             x, None if INVERSE else log_scale, None if INVERSE else bias, w1, b1,
             None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
             HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
-            INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             1, PRECISION, ACC,
         )  # fmt: skip
         tl.debug_barrier()  # scratch is now visible to all threads of the program
@@ -494,7 +499,7 @@ def _map_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
+@triton.jit(do_not_specialize=_SIZES)
 def _couple_backward_kernel(
     grad_out, grad_log_det, out, log_scale, bias, w1, b1, w2, b2, gain, scratch, grad_in,
     grad_params, partials, samples, rows,
@@ -503,7 +508,7 @@ def _couple_backward_kernel(
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
     UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
-    INPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    input_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
@@ -515,7 +520,7 @@ def _couple_backward_kernel(
             out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
             None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
             HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
-            INPUT_BLOCKS, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             1, PRECISION, ACC,
         )  # fmt: skip
         tl.debug_barrier()  # scratch is now visible to all threads of the program
@@ -527,7 +532,7 @@ def _couple_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "rows", "chunks", "splits"))
+@triton.jit(do_not_specialize=_SIZES)
 def _identity_backward_kernel(
     grad_out, out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, grad_in, partials,
     samples, rows,
@@ -535,7 +540,7 @@ def _identity_backward_kernel(
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
     chunks, splits, INPUTS: tl.constexpr,
-    INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr,
+    input_blocks, OUTPUTS: tl.constexpr, output_blocks,
     COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
@@ -547,7 +552,7 @@ def _identity_backward_kernel(
             out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
             grad_params, w2t, w1t, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
             HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
-            INPUT_BLOCKS, OUTPUTS, OUTPUT_BLOCKS, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            input_blocks, OUTPUTS, output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             GRAD_VECTOR, PRECISION, ACC,
         )  # fmt: skip
         tl.debug_barrier()  # scratch is now visible to all threads of the program
@@ -558,14 +563,14 @@ def _identity_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("samples", "iterations"))
+@triton.jit(do_not_specialize=_SIZES)
 def _weights_kernel(
     x, log_scale, bias, w1t, b1, grad, w2, partials, sums, samples, iterations,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
-    INPUTS: tl.constexpr, INPUT_BLOCKS: tl.constexpr, OUTPUTS: tl.constexpr,
-    OUTPUT_BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr,
     SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, SECOND: tl.constexpr,
@@ -591,7 +596,7 @@ def _weights_kernel(
             tile // TILES, tile % TILES, samples, PIXELS, SLOTS, TILE
         )
         pre = tl.zeros((UNITS, TILE), ACC)
-        for block in tl.range(INPUT_BLOCKS, num_stages=1, disable_licm=True):
+        for block in range(input_blocks):
             a = _patches(
                 x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
                 CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
@@ -607,13 +612,13 @@ def _weights_kernel(
             )  # fmt: skip
         else:
             up = tl.zeros((UNITS, TILE), ACC)
-            for block in tl.range(OUTPUT_BLOCKS, num_stages=1, disable_licm=True):
+            for block in range(output_blocks):
                 g = _patches(
                     grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
-                w = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
-                up = tl.dot(w, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
+                v = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
+                up = tl.dot(v, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
             value = tl.where(pre > 0, up, 0.0)
             total_b += tl.sum(value, axis=1)
             other = _patches(
@@ -763,7 +768,7 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         "DENSE": plan.dense,
         "hidden": plan.hidden,
         "INPUTS": plan.inputs,
-        "INPUT_BLOCKS": plan.input_blocks,
+        "input_blocks": plan.input_blocks,
         "TILE": plan.tile,
         "VECTOR": min(_vector(x, kept, plan.channels, first), plan.inputs),
         # Of float32 operands; close to float32, at a third of the speed of TF32. README.md: Precision.
@@ -855,7 +860,7 @@ def _of_weight1(grad: Tensor, weight1: Tensor, plan: _Plan) -> Tensor:
     if plan.dense:
         n = plan.pixels
         grad = grad[: n * hidden].unflatten(1, (n, inputs)).unflatten(0, (n, hidden))
-        return _undense(grad.permute(1, 3, 0, 2), plan).to(weight1.dtype)
+        return _undense(grad.permute(1, 3, 0, 2), plan).to(weight1.dtype).contiguous()
     grad = grad[:hidden].view(hidden, size, size, inputs)
     return grad.permute(0, 3, 1, 2).to(weight1.dtype).contiguous()
 
@@ -929,7 +934,7 @@ def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]
     return {"SLOTS": plan.slots, "BLOCK": block, "INVERSE": inverse}
 
 
-_NO_GRADIENT = {"OUTPUTS": 16, "OUTPUT_BLOCKS": 1, "GRAD_VECTOR": 1}
+_NO_GRADIENT = {"OUTPUTS": 16, "output_blocks": 1, "GRAD_VECTOR": 1}
 
 
 def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
@@ -1040,7 +1045,7 @@ def gradients(
 
     # Through the conditioner, to the identity part.
     w1t, w2t = w1.t().contiguous(), w2.t().contiguous()
-    outputs = {"OUTPUTS": plan.outputs, "OUTPUT_BLOCKS": plan.output_blocks}
+    outputs = {"OUTPUTS": plan.outputs, "output_blocks": plan.output_blocks}
     outputs["GRAD_VECTOR"] = min(_vector(out, 2 * plan.moved), plan.outputs)
     of_kept = y.new_empty(groups, 2, plan.kept, dtype=acc)
     scratch = _scratch(out, plan, plan.backward, plan.kept)
