@@ -99,22 +99,13 @@ def _map_body(
 
 
 def _gradients_eager(
-    grad: Tensor,
-    grad_log_det: Tensor,
-    out: Tensor,
-    params: Tensor | None,
-    log_scale: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    index: Tensor | None,
-    form: str,
-    flip: bool,
-    inverse: bool,
+    grad: Tensor, grad_log_det: Tensor, out: Tensor, params: Tensor | None, *others: Any
 ) -> tuple[Tensor | None, ...]:
+    *vectors, form, flip, inverse = others
     out, grad, params = _arranged(out, grad, params)
     operands = (
         *(grad, grad_log_det.contiguous(), out, params),
-        *_vectors(log_scale, bias, gain, index),
+        *_vectors(*vectors),
     )
     implementation = _implementation(*operands[:7])
     return implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)

@@ -126,11 +126,9 @@ int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
 
 // --- arrays to panels and back -------------------------------------------------------------------
 
-struct Source {  // channels [first, first + channels) of (samples, all, height, width)
+struct Source {  // (samples, channels, height, width)
   const float* data;
-  int64_t all, first, channels;
-  const float* scale;  // with shift, or null
-  const float* shift;
+  int64_t channels;
 };
 
 // How a group's panels lie: (rows, margin + width + margin, channels).
@@ -146,20 +144,16 @@ struct Layout {
 };
 
 // `count` positions of four images, `image` apart, to neighbouring lanes of panels `step` apart.
-void stage_four(const float* from, int64_t image, int64_t count, float scale, float shift,
-                float* panel, int64_t step) {
+void stage_four(const float* from, int64_t image, int64_t count, float* panel, int64_t step) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     Quad rows[4];
-    for (int l = 0; l < 4; ++l) {
-      std::memcpy(rows + l, from + l * image + i, sizeof(Quad));
-      rows[l] = rows[l] * scale + shift;
-    }
+    for (int l = 0; l < 4; ++l) std::memcpy(rows + l, from + l * image + i, sizeof(Quad));
     transpose(rows);
     for (int j = 0; j < 4; ++j) std::memcpy(panel + (i + j) * step, rows + j, sizeof(Quad));
   }
   for (; i < count; ++i)
-    for (int64_t l = 0; l < 4; ++l) panel[i * step + l] = from[l * image + i] * scale + shift;
+    for (int64_t l = 0; l < 4; ++l) panel[i * step + l] = from[l * image + i];
 }
 
 // Lanes without an image, rows outside of it and margins are zero.
@@ -175,21 +169,19 @@ void stage(const Grid& grid, const Source& source, const Layout& layout, int64_t
     const int64_t count = std::min(run, grid.positions() - begin);
     float* panels = to + (whole ? begin * step : layout.at(begin / run, 0));
     for (int64_t c = 0; c < source.channels; ++c) {
-      const float scale = source.scale == nullptr ? 1.0f : source.scale[c];
-      const float shift = source.shift == nullptr ? 0.0f : source.shift[c];
       float* panel = panels + c * kPanel;
       for (int64_t l = 0; l < lanes;) {
         const int64_t lane = group * kPanel + l, sample = lane / grid.strips;
         const int64_t above = (lane % grid.strips) * grid.core() - grid.halo();
         const int64_t position = above * grid.width + begin;
-        const float* from = source.data + (sample * source.all + source.first + c) * plane;
+        const float* from = source.data + (sample * source.channels + c) * plane;
         if (grid.strips == 1 && l + 4 <= lanes) {
-          stage_four(from + position, source.all * plane, count, scale, shift, panel + l, step);
+          stage_four(from + position, source.channels * plane, count, panel + l, step);
           l += 4;
           continue;
         }
         if (position >= 0 && position < plane)
-          for (int64_t i = 0; i < count; ++i) panel[i * step + l] = from[position + i] * scale + shift;
+          for (int64_t i = 0; i < count; ++i) panel[i * step + l] = from[position + i];
         ++l;
       }
     }
@@ -817,27 +809,25 @@ struct Backward {
 
 }  // namespace
 
-// x (samples, all, height, width), of which channels [first, first + inputs) are read; scale and shift
-// (inputs,) or null; weights and biases as those of nn.Conv2d -> out (samples, outputs, height, width).
+// a (samples, inputs, height, width), weights and biases as those of nn.Conv2d -> out (samples, outputs,
+// height, width).
 HYBRIDFLOW_KERNEL(conv_conditioner)
-(const float* x, const float* scale, const float* shift, const float* weight1, const float* bias1,
- const float* weight2, const float* bias2, float* out, int64_t samples, int64_t all, int64_t first,
- int64_t height, int64_t width, int64_t inputs, int64_t hidden, int64_t outputs, int64_t size,
- int64_t threads) {
+(const float* a, const float* weight1, const float* bias1, const float* weight2, const float* bias2,
+ float* out, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t hidden,
+ int64_t outputs, int64_t size, int64_t threads) {
   const Net net{inputs, hidden, outputs, size};
   const Grid grid(samples, height, width, net.reach());
   if (grid.groups == 0) return;
-  const Source source{x, all, first, inputs, scale, shift};
+  const Source source{a, inputs};
   Forward(net, grid, source, bias1, bias2, out).run(weight1, weight2, threads);
 }
 
 // The gradients of the convolutions' operands; that of their input is (samples, inputs, height, width).
 HYBRIDFLOW_KERNEL(conv_conditioner_backward)
-(const float* grad, const float* x, const float* scale, const float* shift, const float* weight1,
- const float* bias1, const float* weight2, float* grad_in, float* grad_weight1, float* grad_bias1,
- float* grad_weight2, float* grad_bias2, int64_t samples, int64_t all, int64_t first,
- int64_t height, int64_t width, int64_t inputs, int64_t hidden, int64_t outputs, int64_t size,
- int64_t threads) {
+(const float* grad, const float* a, const float* weight1, const float* bias1, const float* weight2,
+ float* grad_in, float* grad_weight1, float* grad_bias1, float* grad_weight2, float* grad_bias2,
+ int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t hidden, int64_t outputs,
+ int64_t size, int64_t threads) {
   const Net net{inputs, hidden, outputs, size};
   const Grid grid(samples, height, width, net.reach());
   if (grid.groups == 0) {
@@ -847,8 +837,8 @@ HYBRIDFLOW_KERNEL(conv_conditioner_backward)
     std::fill(grad_bias2, grad_bias2 + outputs, 0.0f);
     return;
   }
-  const Source from_grad{grad, outputs, 0, outputs, nullptr, nullptr};
-  const Source source{x, all, first, inputs, scale, shift};
+  const Source from_grad{grad, outputs};
+  const Source source{a, inputs};
   const Gradients results{grad_weight1, grad_bias1, grad_weight2, grad_bias2};
   Backward(net, grid, from_grad, source, bias1, grad_in, results).run(weight1, weight2, threads);
 }

@@ -36,13 +36,12 @@ class _ConvConditioner(torch.autograd.Function):
         ctx: Any, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
     ) -> Tensor:
         ctx.save_for_backward(a, weight1, bias1, weight2)
-        return native_impl.conditioner(a, 0, None, None, weight1, bias1, weight2, bias2)
+        return native_impl.forward(a, weight1, bias1, weight2, bias2)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        a, *parameters = ctx.saved_tensors
-        return native_impl.conditioner_backward(grad, a, 0, None, None, *parameters)
+        return native_impl.backward(grad, *ctx.saved_tensors)
 
 
 def conv_conditioner(
