@@ -55,6 +55,8 @@ SHAPES = (
     *(Shape("SVHN", 64, c, s, 512) for c, s in ((12, 16), (24, 8), (48, 4), (192, 2))),
     *(Shape("digits", 150, c, s, h) for c, s, h in ((4, 4, 32), (8, 2, 64))),
     *(Shape("one image", 1, c, s, h) for c, s, h in ((4, 16, 128), (16, 4, 128), (64, 2, 512))),
+    *(Shape("64 positions", 4, c, 4, h) for c, h in ((16, 128), (48, 512))),
+    *(Shape("64 positions", 16, c, 2, h) for c, h in ((64, 512), (192, 1024))),
 )  # fmt: skip
 
 

@@ -18,9 +18,9 @@ _FEWEST_POSITIONS = 64  # in a batch
 def is_faster(a: Tensor) -> bool:
     """Whether `conv_conditioner` of this input is made by kernels of its own, and these are the faster.
 
-    So it is of float32 on a CPU, once a batch has 64 positions: below that the wide networks of 2x2
-    images take longer than PyTorch's, since their weights are all there is to move. Measured by
-    `python -m benchmarks.conditioners`.
+    So it is of float32 on a CPU, once a batch has 64 positions. Of a single small image PyTorch's may be
+    the faster: its weights are all there is to move. Measured by `python -m benchmarks.conditioners`,
+    whose rows of one image and of 64 positions are on the two sides of this limit.
     """
     return a.shape[0] * a.shape[2:].numel() >= _FEWEST_POSITIONS and _is_native(a)
 
