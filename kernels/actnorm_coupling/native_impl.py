@@ -188,3 +188,36 @@ def gradients(
         grad_params,
         *(_as(grads[0], log_scale), _as(grads[1], bias), _as(grads[2], gain)),
     )
+
+
+def affine(
+    x: Tensor, log_scale: Tensor, bias: Tensor, log_det: Tensor | None, form: str, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`map` without a coupling, for contiguous float32 operands."""
+    out, total = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+    native.load().call(
+        "actnorm_coupling",
+        *(x, None, log_scale, bias, None, log_det, None, out, total),
+        _layout(x.shape, True, x.dtype, x.dtype, 0, form, False, inverse),
+    )
+    return out, total
+
+
+def affine_gradients(
+    grad_out: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    form: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradients` without a coupling, for contiguous float32 operands."""
+    grads = torch.empty_like(out), torch.empty_like(log_scale), torch.empty_like(bias)
+    native.load().call(
+        "actnorm_coupling_backward",
+        *(grad_out, grad_log_det, out, None, log_scale, bias, None, None),
+        *(grads[0], None, grads[1], grads[2], None),
+        _layout(out.shape, True, out.dtype, out.dtype, 0, form, False, inverse),
+    )
+    return grads

@@ -336,6 +336,55 @@ class _Coupling(torch.autograd.Function):
         return (grad_x, *present, grad_total if ctx.accumulates else None, None, *(None,) * 3)
 
 
+class _Affine(torch.autograd.Function):
+    """Actnorm alone where nothing has to be arranged (`_is_ready`): the two native calls and no more.
+
+    It computes what `_Coupling` does; the handling of operands that actnorm has not costs as much there
+    as its kernels do on a small batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        log_det: Tensor | None,
+        form: str,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        out, total = native_impl.affine(x, log_scale, bias, log_det, form, inverse)
+        ctx.save_for_backward(out, log_scale, bias)
+        ctx.choices = form, inverse
+        ctx.accumulates = log_det is not None
+        return out, total
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        out, log_scale, bias = ctx.saved_tensors
+        form, inverse = ctx.choices
+        given = (
+            torch.zeros_like(out) if grad is None else grad.contiguous(),
+            out.new_zeros(out.shape[0]) if grad_total is None else grad_total.contiguous(),
+        )
+        grads = native_impl.affine_gradients(*given, out, log_scale, bias, form, inverse)
+        return *grads, grad_total if ctx.accumulates else None, None, None
+
+
+def _is_ready(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the native library can take all of these as they are."""
+    if torch.compiler.is_compiling() or _backend.choose(x, *others) != "native":
+        return False
+    for t in (x, *others):
+        if t is not None and not (t.dtype is torch.float32 and t.is_contiguous()):
+            return False
+    return True
+
+
 def apply(
     x: Tensor,
     params: Tensor | None,
@@ -349,6 +398,9 @@ def apply(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op without the checks, for callers whose operands fit by construction."""
+    if params is None and log_scale is not None and bias is not None:
+        if _is_ready(x, log_scale, bias, log_det):
+            return _Affine.apply(x, log_scale, bias, log_det, form.key, inverse)
     operands = (x, params, log_scale, bias, gain, log_det, index)
     return _Coupling.apply(*operands, form.key, flip, inverse)
 

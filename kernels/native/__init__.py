@@ -51,18 +51,19 @@ class Library:
             isa for isa in INSTRUCTION_SETS if self._dll.hybridflow_runs(isa.encode())
         )
         self.isa = self.supported[0]
-        self._functions: dict[tuple[str, str], tuple[Any, list[bool]]] = {}
+        self._functions: dict[str, tuple[Any, list[int]]] = {}  # of `isa`
 
     @contextmanager
     def using(self, isa: str) -> Iterator[None]:
         """Use another instruction set inside a `with` block. For tests: not safe with threads."""
         if isa not in self.supported:
             raise ValueError(f"isa: got {isa!r}, want one of {self.supported}")
-        before, self.isa = self.isa, isa
+        before = self.isa, self._functions
+        self.isa, self._functions = isa, {}
         try:
             yield
         finally:
-            self.isa = before
+            self.isa, self._functions = before
 
     def call(self, name: str, *arguments: Argument) -> None:
         """Call `name`: tensors (contiguous, on the CPU) and references pass as pointers and None as a
@@ -75,19 +76,19 @@ class Library:
         return self._run(name, arguments) != 0
 
     def _run(self, name: str, arguments: tuple[Argument, ...]) -> int:
-        known = self._functions.get((self.isa, name))
+        known = self._functions.get(name)
         if known is None:
             # What each argument is holds for every call; said once, ctypes converts faster.
             function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
             function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
-            known = function, [a is None or isinstance(a, Tensor) for a in arguments]
-            self._functions[self.isa, name] = known
+            tensors = [i for i, a in enumerate(arguments) if a is None or isinstance(a, Tensor)]
+            known = self._functions[name] = function, tensors
         function, tensors = known
-        values = [
-            a.data_ptr() if is_tensor and a is not None else a  # type: ignore[union-attr]
-            for a, is_tensor in zip(arguments, tensors, strict=True)
-        ]
-        return function(*values, torch.get_num_threads())
+        values: list[Any] = [*arguments, torch.get_num_threads()]
+        for i in tensors:
+            if values[i] is not None:
+                values[i] = values[i].data_ptr()
+        return function(*values)
 
 
 def _c_type(argument: Argument) -> Any:

@@ -64,6 +64,26 @@ def test_inverse_undoes_forward_and_gradients_match_finite_differences(
         )
 
 
+@pytest.mark.skipif(not native.available(), reason=native.why_missing())
+@directions
+@pytest.mark.parametrize("used", ((0,), (1,), (0, 1)), ids=("y", "log-det", "both"))
+@pytest.mark.parametrize("expanded", (False, True), ids=("", "expanded gradients"))
+def test_operands_that_have_to_be_arranged_give_the_same_bits(direction, used, expanded):
+    tensors = operands_of((5, 3, 4, 2))
+    runs = []
+    for step in (1, 2):  # a log_scale with gaps is arranged, and takes the general path
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        log_scale = leaves[1].repeat_interleave(step)[::step]
+        results = direction(leaves[0], log_scale, *leaves[2:])
+        if expanded:
+            loss = sum(results[i].sum() for i in used)
+        else:
+            loss = sum((results[i] * results[i].cos()).sum() for i in used)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        runs.append([*results, *(torch.zeros(()) if g is None else g for g in grads)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", (0.0, 1e4))
 @pytest.mark.parametrize("channels_last", (False, True))
