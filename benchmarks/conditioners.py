@@ -24,7 +24,7 @@ from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import machine, quantiles, relative_errors, rounds_for, verdict
 from hybridflow.kernels import conv_conditioner
 
-__all__ = ["SHAPES", "Shape", "main", "measure"]
+__all__ = ["SHAPES", "Shape", "main", "matmul_rate", "measure"]
 
 _TURNS = 5
 _SECONDS = 0.25  # of a turn
@@ -139,7 +139,7 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
     return rows
 
 
-def _matmul_rate() -> float:
+def matmul_rate() -> float:
     """GFLOP/s of PyTorch's product of 1024x1024 matrices, the median of twenty."""
     a, b = torch.randn(2, 1024, 1024)
     times = []
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = commit()
     rows = []
     for shape in SHAPES:
-        rate = _matmul_rate()
+        rate = matmul_rate()
         rows += [row | {"matmul_gflop_s": rate} for row in measure(shape)]
         print(shape, {row["variant"]: row["us"][1] for row in rows[-4:]}, flush=True)
     results = {

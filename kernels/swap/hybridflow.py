@@ -59,6 +59,17 @@ def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
     return conditioner(a)
 
 
+class _Conditioner(nn.Module):
+    """A conditioner that runs as `_params` says."""
+
+    def __init__(self, conditioner: nn.Module) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+
+    def forward(self, a: Tensor) -> Tensor:
+        return _params(self.conditioner, a)
+
+
 def _two_convolutions(conditioner: nn.Module) -> tuple[Any, Any] | None:
     """The convolutions, if the conditioner is conv, ReLU, conv and each as conv_conditioner has it."""
     if type(conditioner) is not nn.Sequential or len(conditioner) != 3 or has_hooks(conditioner):
@@ -99,7 +110,7 @@ class FusedStepChain(Fused):
     def _chain_steps(self) -> list[ChainStep]:
         return [
             ChainStep(
-                step.coupling.conditioner,
+                _Conditioner(step.coupling.conditioner),
                 step.coupling.channels // 2,
                 step.actnorm.log_scale,
                 step.actnorm.bias,

@@ -1,0 +1,309 @@
+"""Measure whole flows and whole training steps: `python -m benchmarks.flows`.
+
+The flows of the presets at the batch sizes of the thesis: likelihood (forward and backward), sampling,
+and sampling as the generator's loss uses it (with backward); and the hybrid step. Variants take turns in
+one run. Exit status: 0 if every variant was right.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.conditioners import matmul_rate
+from benchmarks.kernels import RESULTS, commit
+from benchmarks.measuring import (
+    machine,
+    peak_bytes,
+    quantiles,
+    relative_errors,
+    rounds_for,
+    typical_errors,
+    verdict,
+)
+from hybridflow.config import PRESETS, Config
+from hybridflow.data import Batches
+from hybridflow.flow import MultiScaleFlow
+from hybridflow.kernels import fuse
+from hybridflow.networks import build_discriminator, build_model
+from hybridflow.step import HybridStep
+
+__all__ = ["FLOWS", "Workload", "main"]
+
+_CLASSES = 10
+_TURNS = 5
+_SECONDS = 1.0  # of a turn
+_DRAWS = 3
+_TASKS = ("likelihood", "sampling", "sampling with backward")
+_CPU = torch.device("cpu")
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A preset at a batch size, on images of this shape."""
+
+    data: str
+    preset: str
+    batch: int
+    shape: tuple[int, int, int]
+
+    @property
+    def config(self) -> Config:
+        return PRESETS[self.preset]
+
+
+FLOWS = (
+    Workload("MNIST", "mnist", 300, (1, 32, 32)),
+    Workload("CIFAR-10", "cifar10", 64, (3, 32, 32)),
+    Workload("SVHN", "svhn", 64, (3, 32, 32)),
+    Workload("digits", "digits", 300, (1, 8, 8)),
+)
+
+
+# --- flows ---------------------------------------------------------------------------------------
+
+
+def _flow(workload: Workload) -> MultiScaleFlow:
+    """With random weights: as a flow is born, its couplings do nothing."""
+    torch.manual_seed(0)
+    flow = build_model(workload.config.flow, torch.Size(workload.shape), _CLASSES).flow
+    assert isinstance(flow, MultiScaleFlow)
+    for parameter in flow.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return flow
+
+
+def _results(task: str, flow: nn.Module, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the task computes: outputs, and where it has a backward the gradients, end to end."""
+    names = ("x",) if task == "likelihood" else ("z_k", "z_n")
+    inputs = [operands[name].detach().requires_grad_() for name in names]
+    with torch.set_grad_enabled(task != "sampling"):
+        out = flow(*inputs) if task == "likelihood" else (flow(*inputs),)
+    results = {f"output {i}": t.detach() for i, t in enumerate(out)}
+    if task == "sampling":
+        return results
+    weights = [operands[f"{task} {i}"].to(t) for i, t in enumerate(out)]
+    parameters = dict(flow.named_parameters())
+    grads = torch.autograd.grad(out, [*inputs, *parameters.values()], weights)
+    kinds: dict[str, list[Tensor]] = {}
+    for name, grad in zip((*names, *parameters), grads, strict=True):
+        kinds.setdefault(".".join(name.split(".")[-2:]), []).append(grad.flatten())
+    return results | {f"gradient of {k}": torch.cat(g) for k, g in kinds.items()}
+
+
+class _Sampler(nn.Module):
+    """A flow's inverse as the forward of a module, for torch.compile."""
+
+    def __init__(self, flow: MultiScaleFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, z_k: Tensor, z_n: Tensor) -> Tensor:
+        return self.flow.inverse(z_k, z_n)
+
+
+def _operands(workload: Workload, flow: MultiScaleFlow, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    batch, (d_k, d_n) = workload.batch, flow.latent_sizes
+    sizes = ((batch, d_k), (batch, d_n), (batch,))
+    return {
+        "x": normal(batch, *workload.shape),
+        "z_k": normal(batch, d_k),
+        "z_n": normal(batch, d_n),
+        "sampling with backward 0": normal(batch, *workload.shape),
+    } | {f"likelihood {i}": normal(*size) for i, size in enumerate(sizes)}
+
+
+def _variants(workload: Workload, task: str, mode: str | None) -> dict[str, nn.Module]:
+    plain = _flow(workload)
+    last, fused, lean = (copy.deepcopy(plain) for _ in range(3))
+    last.to(memory_format=torch.channels_last)
+    fuse(fused)
+    fuse(lean, constant_memory=True)
+    flows = {"eager": plain, "eager, channels-last": last, "fused": fused}
+    if task == "likelihood":
+        flows["fused, constant memory"] = lean
+    modules: dict[str, nn.Module] = {
+        name: flow if task == "likelihood" else _Sampler(flow) for name, flow in flows.items()
+    }
+    if mode is not None:
+        modules["compile"] = torch.compile(modules["eager"], mode=mode, fullgraph=True)
+    return modules
+
+
+def _channels_last(operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    last = torch.channels_last
+    return {k: v.contiguous(memory_format=last) if v.dim() == 4 else v for k, v in operands.items()}
+
+
+def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float) -> list[Row]:
+    """A row for each variant: times in µs (p20, p50, p80), peak memory, and what is wrong with it.
+
+    Outputs are compared element by element, gradients in the Euclidean norm. They jump where the argument
+    of a ReLU passes zero, on which side of it rounding decides: one jump among a small net's units is a
+    thousandth of its gradients. Hence the most exact of three draws counts; in a large net all have some.
+    """
+    torch.compiler.reset()
+    modules = _variants(workload, task, mode)
+    flow = _flow(workload)
+    double = modules["eager"] if task == "likelihood" else _Sampler(flow)
+    double = copy.deepcopy(double).double()
+    errors: dict[str, dict[str, float]] = {}
+    for seed in range(1 if task == "sampling" else _DRAWS):
+        operands = _operands(workload, flow, seed)
+        exact = _results(task, double, {k: v.double() for k, v in operands.items()})
+        given = {"eager, channels-last": _channels_last(operands)}
+        calls: dict[str, Call] = {
+            name: functools.partial(_results, task, module, given.get(name, operands))
+            for name, module in modules.items()
+        }
+        for name, call in calls.items():
+            start = time.perf_counter()
+            found = _errors(call(), exact)
+            if seed == 0 and name == "compile":
+                compile_seconds = time.perf_counter() - start
+            errors[name] = min(errors.get(name, found), found, key=lambda e: max(e.values()))
+    peaks = {} if task == "sampling" else {n: peak_bytes(c, _CPU) for n, c in calls.items()}
+    rows = []
+    for name, us in _in_turns(calls, seconds).items():
+        measure = None if name == "eager" else errors["eager"]
+        rows.append(
+            {"data": workload.data, "batch": workload.batch, "task": task, "variant": name}
+            | _times(us)
+            | {"peak_bytes": peaks.get(name), "error": float(f"{max(errors[name].values()):.2g}")}
+            | {"problems": verdict(errors[name], torch.float32, measure)}
+            | ({"compile_seconds": round(compile_seconds)} if name == "compile" else {})
+        )
+    return rows
+
+
+def _errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    outputs = {name: value for name, value in exact.items() if name.startswith("output")}
+    gradients = {name: value for name, value in exact.items() if name not in outputs}
+    return relative_errors(got, outputs) | typical_errors([got], [gradients])
+
+
+# --- the hybrid step -----------------------------------------------------------------------------
+
+
+def _step(workload: Workload, fused: bool) -> HybridStep:
+    """As the trainer builds it, on random images."""
+    config = workload.config
+    torch.manual_seed(0)
+    shape = torch.Size(workload.shape)
+    model = build_model(config.flow, shape, _CLASSES)
+    discriminator = build_discriminator(config.discriminator, shape, _CLASSES)
+    x = torch.randint(0, 256, (2000, *workload.shape), dtype=torch.uint8)
+    y = torch.randint(0, _CLASSES, (2000,))
+    options: dict[str, Any] = {"shift": config.shift, "flip": config.mirror, "device": _CPU}
+    labelled = Batches(x[:1000], y[:1000], config.batch_labelled, **options)
+    unlabelled = Batches(x[1000:], None, config.batch_unlabelled, **options)
+    for batches in (labelled, unlabelled):
+        batches.shuffle()
+    model.initialise(x[:200].float() / 256)
+    if fused:
+        fuse(model)
+    return HybridStep(
+        *(model, discriminator, labelled, unlabelled),
+        levels=256,
+        terms=config.terms,
+        optimiser=config.optimiser,
+        total_steps=config.steps,
+    )
+
+
+def measure_step(workload: Workload, seconds: float) -> list[Row]:
+    """A row for eager and for fused: times in µs; the first loss of both has to agree."""
+    steps = {"eager": _step(workload, False), "fused": _step(workload, True)}
+    losses = {}
+    for name, step in steps.items():
+        torch.manual_seed(1)
+        losses[name] = step()["loss_g"].item()
+    error = abs(losses["fused"] / losses["eager"] - 1)
+    batch = workload.config.batch_labelled + workload.config.batch_unlabelled
+    wrong = [] if error < 1e-4 else [f"the flow's loss is off by {error:.1e}, allowed is 1e-4"]
+    return [
+        {"data": workload.data, "batch": batch, "task": "training step", "variant": name}
+        | _times(us)
+        | {"error": float(f"{error:.2g}"), "problems": wrong if name == "fused" else []}
+        for name, us in _in_turns(steps, seconds).items()
+    ]
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def _in_turns(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(_TURNS), calls.items()):
+        start = time.perf_counter()
+        call()
+        for _ in range(rounds_for(time.perf_counter() - start, seconds, 1)):
+            start = time.perf_counter()
+            call()
+            times[name].append(1e6 * (time.perf_counter() - start))
+    return times
+
+
+def _times(us: Sequence[float]) -> Row:
+    return {"us": [round(t, 1) for t in quantiles(us)], "rounds": len(us)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.flows", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "flows-cpu.json")
+    parser.add_argument("--data", nargs="*", choices=[w.data for w in FLOWS])
+    parser.add_argument("--compile", dest="mode", metavar="MODE", help="torch.compile's mode, too")
+    parser.add_argument("--batch", type=int, help="instead of the thesis's")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a variant's turn")
+    args = parser.parse_args(argv)
+    before, rows = commit(), []
+    for workload in FLOWS:
+        if args.data and workload.data not in args.data:
+            continue
+        for task in (*_TASKS, "training step"):
+            rate = matmul_rate()
+            if task == "training step":
+                new = measure_step(workload, args.seconds)
+            else:
+                sized = replace(workload, batch=args.batch or workload.batch)
+                new = measure_flow(sized, task, args.mode, args.seconds)
+            rows += [row | {"matmul_gflop_s": rate} for row in new]
+            print(workload.data, task, {r["variant"]: r["us"][1] / 1e3 for r in new}, flush=True)
+    results = {
+        "command": ["python", "-m", "benchmarks.flows", *(sys.argv[1:] if argv is None else argv)],
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": before,
+        "machine": machine(_CPU),
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    wrong = [
+        f"wrong: {r['data']} {r['task']} {r['variant']}: {p}" for r in rows for p in r["problems"]
+    ]
+    print("\n".join([*wrong, f"results: {args.out}"]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
