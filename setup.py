@@ -76,6 +76,7 @@ setup(
         *("hybridflow.kernels", *(f"hybridflow.kernels.{p}" for p in find_packages("kernels"))),
     ],
     package_dir={"hybridflow": "hybridflow", "hybridflow.kernels": "kernels"},
+    package_data={"hybridflow.kernels.swap": ["choices.json"]},
     ext_modules=[
         Extension(
             LIBRARY,

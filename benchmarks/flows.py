@@ -65,6 +65,23 @@ class Workload:
     def config(self) -> Config:
         return PRESETS[self.preset]
 
+    def flops(self, task: str) -> int:
+        """Of the conditioners, taps outside of the image counted: three times as many with a backward."""
+        flow = _flow(self)
+        convolutions = [m for m in flow.modules() if isinstance(m, nn.Conv2d)]
+        positions: list[int] = []
+        hooks = [
+            m.register_forward_hook(lambda m, _, y: positions.append(y[0, 0].numel()))
+            for m in convolutions
+        ]
+        with torch.no_grad():
+            flow(torch.zeros(1, *self.shape))
+        for hook in hooks:
+            hook.remove()
+        weights = (m.weight.numel() for m in convolutions)
+        one = sum(2 * p * w for p, w in zip(positions, weights, strict=True))
+        return one * self.batch * (1 if task == "sampling" else 3)
+
 
 FLOWS = (
     Workload("MNIST", "mnist", 300, (1, 32, 32)),
@@ -179,10 +196,10 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
             start = time.perf_counter()
             found = _errors(call(), exact)
             if seed == 0 and name == "compile":
-                compile_seconds = time.perf_counter() - start
+                compile_seconds = round(time.perf_counter() - start)
             errors[name] = min(errors.get(name, found), found, key=lambda e: max(e.values()))
     peaks = {} if task == "sampling" else {n: peak_bytes(c, _CPU) for n, c in calls.items()}
-    rows = []
+    rows, flops = [], workload.flops(task)
     for name, us in _in_turns(calls, seconds).items():
         measure = None if name == "eager" else errors["eager"]
         rows.append(
@@ -190,7 +207,8 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
             | _times(us)
             | {"peak_bytes": peaks.get(name), "error": float(f"{max(errors[name].values()):.2g}")}
             | {"problems": verdict(errors[name], torch.float32, measure)}
-            | ({"compile_seconds": round(compile_seconds)} if name == "compile" else {})
+            | {"gflop_s": round(flops / quantiles(us)[1] / 1e3, 1)}
+            | ({"mode": mode, "compile_seconds": compile_seconds} if name == "compile" else {})
         )
     return rows
 

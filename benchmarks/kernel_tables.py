@@ -1,4 +1,4 @@
-"""Tables and picture of the results that `python -m benchmarks.kernels` writes."""
+"""Tables and picture of what the commands beside this file write: kernels, conditioners, flows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.kernels import speed_up
 
-__all__ = ["conditioners", "memory", "models", "operations", "picture", "priors"]
+__all__ = ["conditioners", "flows", "memory", "models", "operations", "picture", "priors"]
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -74,25 +74,74 @@ def conditioners(results: Results) -> str:
         key = tuple(row[k] for k in ("data", "batch", "channels", "size", "hidden"))
         shapes.setdefault(key, {})[row["variant"]] = row
     for (data, batch, channels, size, hidden), variants in shapes.items():
-        fused, compiled = variants["fused"], variants["compile"]
-        eager = min(
-            (variants[name] for name in ("eager", "eager, channels-last")),
-            key=lambda row: row["us"][1],
-        )
+        fused, compiled, eager = variants["fused"], variants["compile"], _eager(variants)
         times = (_milliseconds(row) for row in (eager, compiled, fused))
         ratios = (_ratio(fused, row) for row in (eager, compiled))
         share = f"{fused['gflop_s'] / fused['matmul_gflop_s']:.0%}".replace("%", " %")
         cells = [data, f"{batch}×{channels}×{size}², {hidden}", *times, *ratios]
         lines.append(f"| {' | '.join(cells)} | {fused['gflop_s']:.0f} | {share} |")
-    machine = results["machine"]
     lines.append(
         "\nMedians of forward and backward; eager is the better of contiguous and channels-last. The rate "
         "counts three times two 3×3 convolutions, as if no tap fell outside of the image and nothing were "
         "computed twice; its share is of PyTorch's product of 1024×1024 matrices, measured before each row. "
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
-        f"commit {results['commit'][:10]}."
+        f"{_hardware(results)}."
     )
     return "\n".join(lines)
+
+
+def flows(results: Results) -> str:
+    """Whole flows and steps, a row per data set and task: times, speed-ups, rate, peak memory."""
+    lines = [
+        "| data, batch | task | eager, ms | compiled, ms | fused, ms | × eager | × compiled "
+        "| of a product's rate | memory, MB: eager | fused | constant |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in results["rows"]:
+        key = tuple(row[k] for k in ("data", "batch", "task"))
+        cases.setdefault(key, {})[row["variant"]] = row
+    for (data, batch, task), variants in cases.items():
+        fused, compiled, eager = variants["fused"], variants.get("compile"), _eager(variants)
+        times = (_milliseconds(row) for row in (eager, compiled, fused))
+        ratios = (_ratio(fused, row) for row in (eager, compiled))
+        lean = variants.get("fused, constant memory")
+        peaks = (_megabytes(row) for row in (eager, fused, lean))
+        cells = [f"{data}, {batch}", task, *times, *ratios, _share(fused), *peaks]
+        lines.append(f"| {' | '.join(cells)} |")
+    modes = sorted({r["mode"] for r in results["rows"] if r["variant"] == "compile"})
+    compiled_by = f", by `torch.compile(mode={modes[0]!r})`" if modes else ""
+    lines.append(
+        f"\nMedians; eager is the better of contiguous and channels-last; compiled{compiled_by}. The rate "
+        "counts the convolutions as the table of conditioners does, beside PyTorch's product of 1024×1024 "
+        "matrices. Memory is the most that lives at one moment of the task, parameters and inputs not "
+        "counted; `constant` keeps the activations of one coupling. The step is that of the preset, with "
+        f"its own batch. {_hardware(results)}."
+    )
+    return "\n".join(lines)
+
+
+def _eager(variants: Mapping[str, Row]) -> Row:
+    """PyTorch's better memory format."""
+    rows = [row for name, row in variants.items() if name.startswith("eager")]
+    return min(rows, key=lambda row: row["us"][1])
+
+
+def _megabytes(row: Row | None) -> str:
+    peak = None if row is None else row.get("peak_bytes")
+    return "" if peak is None else f"{peak / 1e6:.3g}"
+
+
+def _share(row: Row) -> str:
+    rate = row.get("gflop_s")
+    return "" if rate is None else f"{rate / row['matmul_gflop_s']:.0%}".replace("%", " %")
+
+
+def _hardware(results: Results) -> str:
+    machine = results["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+        f"commit {results['commit'][:10]}"
+    )
 
 
 def models(results: Results) -> str:

@@ -88,7 +88,10 @@ TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]]
         ("-memory", kernel_tables.memory),
     )
 }
-TABLES["conditioners-cpu"] = (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",))
+TABLES |= {
+    "conditioners-cpu": (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",)),
+    "flows-cpu": (_of_kernels(kernel_tables.flows), ("flows-cpu",)),
+}
 PICTURES = ("kernels-cpu", "kernels-cuda")
 
 

@@ -1,4 +1,4 @@
-"""The op: autograd, checks, the public function, and where it is faster than PyTorch."""
+"""The op: autograd, checks and the public function."""
 
 from typing import Any
 
@@ -9,23 +9,13 @@ from .. import _backend
 from .._operator import check, check_float, first_order
 from . import native_impl, reference
 
-__all__ = ["conv_conditioner", "is_faster"]
+__all__ = ["conv_conditioner", "is_native"]
 
 _SIZES = (1, 3)  # of the convolutions' kernels
-_FEWEST_POSITIONS = 64  # in a batch
 
 
-def is_faster(a: Tensor) -> bool:
-    """Whether `conv_conditioner` of this input is made by kernels of its own, and these are the faster.
-
-    So it is of float32 on a CPU, once a batch has 64 positions. Of a single small image PyTorch's may be
-    the faster: its weights are all there is to move. Measured by `python -m benchmarks.conditioners`,
-    whose rows of one image and of 64 positions are on the two sides of this limit.
-    """
-    return a.shape[0] * a.shape[2:].numel() >= _FEWEST_POSITIONS and _is_native(a)
-
-
-def _is_native(a: Tensor) -> bool:
+def is_native(a: Tensor) -> bool:
+    """Whether `conv_conditioner` of this input is made by kernels of its own."""
     compiling = torch.compiler.is_compiling()  # then the choice could not be traced
     return not compiling and a.dtype is torch.float32 and _backend.choose(a) == "native"
 
@@ -70,7 +60,7 @@ def conv_conditioner(
         ValueError: a shape, type or device does not fit.
     """
     _check(a, weight1, bias1, weight2, bias2)
-    if _is_native(a):
+    if is_native(a):
         return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2)
     return reference.forward(a, weight1, bias1, weight2, bias2)
 

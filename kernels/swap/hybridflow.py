@@ -13,9 +13,10 @@ from ..actnorm_coupling import (
 )
 from ..actnorm_coupling.op import tap
 from ..conv_conditioner import conv_conditioner
-from ..conv_conditioner.op import is_faster
+from ..conv_conditioner.op import is_native
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
+from ._choices import Layer, prefers_one_op
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial
 
 __all__ = [
@@ -50,12 +51,15 @@ class FusedFlowStep(Fused):
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
-    """What the conditioner makes of a, fused where it is two plain convolutions and that is faster."""
-    if a.dim() == 4 and is_faster(a) and not torch.is_autocast_enabled(a.device.type):
+    """What the conditioner makes of a: by one op where there is one for it and that is faster."""
+    if a.dim() == 4 and is_native(a) and not torch.is_autocast_enabled(a.device.type):
         convolutions = _two_convolutions(conditioner)
         if convolutions is not None:
             first, second = convolutions
-            return conv_conditioner(a, first.weight, first.bias, second.weight, second.bias)
+            window, sizes = first.kernel_size[0], (first.out_channels, second.out_channels)
+            layer = Layer("conv", a.shape[1], *sizes, window, *a.shape[2:])
+            if prefers_one_op(layer, a.shape[0], a.device):
+                return conv_conditioner(a, first.weight, first.bias, second.weight, second.bias)
     return conditioner(a)
 
 

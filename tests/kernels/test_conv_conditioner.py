@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from hybridflow.flow.coupling import FlowStep
 from hybridflow.flow.coupling import conv_conditioner as make_conditioner
 from hybridflow.kernels import conv_conditioner, fuse, native, unfuse
+from hybridflow.kernels.swap import _choices
 from hybridflow.kernels.swap import hybridflow as swap
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing())
@@ -99,7 +100,7 @@ def test_operands_that_do_not_fit_are_named(name, position, value):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often a fused step takes the fused conditioner."""
+    """How often a fused step takes the fused conditioner, where the table leaves it the choice."""
     made = []
 
     def counted(*operands):
@@ -107,7 +108,8 @@ def calls(monkeypatch):
         return conv_conditioner(*operands)
 
     monkeypatch.setattr(swap, "conv_conditioner", counted)
-    return made
+    with _choices.using(True):
+        yield made
 
 
 def step(conditioner=None):
@@ -180,10 +182,11 @@ def test_any_other_conditioner_runs_as_it_is(calls, conditioner):
     assert not calls
 
 
-def test_it_is_not_taken_where_pytorch_is_faster_or_under_autocast(calls):
+def test_it_is_not_taken_where_the_table_says_so_or_under_autocast(calls):
     model = step()
     fuse(model)
-    model(torch.randn(1, 6, 4, 4))
+    with _choices.using(False):
+        model(torch.randn(9, 6, 4, 4))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(9, 6, 4, 4))
     assert not calls
