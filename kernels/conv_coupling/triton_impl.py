@@ -1,0 +1,1122 @@
+"""Triton kernels and their launchers: arranged tensors in, tensors out, as in reference.py.
+
+Tensors are walked as NHWC. A row of a tile is a pixel, and a program owns whole images, so that a
+convolution needs nothing of another program. Both convolutions are products of a tile: the first of
+gathered patches with weights (taps · inputs, hidden), the second of the hidden units, which stay in
+registers, with weights (hidden, taps · outputs). The latter gives each pixel what it adds to its
+neighbours. That goes to scratch memory, and after a barrier each pixel sums what is meant for it. The
+gradient takes the same way, with the transposed weights in the other order.
+
+Where an image has at most four pixels every output sees every input or nearly so: there a row is an
+image, and a convolution is one product with dense weights (`DENSE`).
+
+Nothing is accumulated atomically: a program writes partial sums, which are then added in a fixed order.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import launch
+from ..actnorm_coupling.form import CouplingForm
+from ..actnorm_coupling.reference import accumulate_dtype
+from ..actnorm_coupling.triton_impl import _affine, _affine_backward, _spread, _squash
+
+__all__ = ["gradients", "map"]
+
+# Not compiled in: so that few kernels serve all batches and hidden layers, and that loops over blocks
+# stay loops, which unrolled take more registers than there are.
+_SIZES = ("samples", "rows", "iterations", "chunks", "splits", "input_blocks", "output_blocks")
+
+
+# --- tiles of rows -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows(group, block, samples, PIXELS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr):
+    """The group's first sample; then sample, counted from it, and pixel of each row of a tile, and
+    whether there is one. A sample has SLOTS rows, a power of two of at least PIXELS; a group is
+    TILE / SLOTS samples, or a sample of several tiles."""
+    PER_GROUP: tl.constexpr = TILE // SLOTS if SLOTS < TILE else 1
+    first = group.to(tl.int64) * PER_GROUP
+    row = block * TILE + tl.arange(0, TILE)
+    sample, pixel = row // SLOTS, row % SLOTS
+    return first, sample, pixel, (sample < samples - first) & (pixel < PIXELS)
+
+
+@triton.jit
+def _inside(pixel, dy, dx, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    y = pixel // WIDTH + dy
+    x = pixel % WIDTH + dx
+    return (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+
+
+@triton.jit
+def _patches(
+    x, log_scale, bias, first, sample, pixel, valid, block, FIRST: tl.constexpr, PART: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
+    DENSE: tl.constexpr, SIGN: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Columns block * BLOCK, ... of each row's patch: for every tap, PART channels from FIRST on, of
+    the pixel that the tap reaches (SIGN 1), or by which the row is reached (SIGN -1)."""
+    TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    k = block * BLOCK + tl.arange(0, BLOCK)
+    live = k < TAPS * PART
+    tap, channel = tl.max_constancy(k // PART, VECTOR), k % PART
+    if DENSE:
+        row = sample * (HEIGHT * WIDTH * CHANNELS)
+        column = tap * CHANNELS
+        mask = valid[:, None] & live[None, :]
+    else:
+        row = (sample * (HEIGHT * WIDTH) + pixel) * CHANNELS
+        dy, dx = (tap // KERNEL - KERNEL // 2) * SIGN, (tap % KERNEL - KERNEL // 2) * SIGN
+        column = (dy * WIDTH + dx) * CHANNELS
+        # A bit for each tap: one test for each element instead of six. There are no bits for the
+        # columns of padding, whose taps are 9 and above, but below 32.
+        inside = tl.zeros_like(pixel)
+        for i in tl.static_range(KERNEL * KERNEL):
+            down, right = (i // KERNEL - KERNEL // 2) * SIGN, (i % KERNEL - KERNEL // 2) * SIGN
+            reached = valid & _inside(pixel, down, right, HEIGHT, WIDTH)
+            inside |= tl.where(reached, 1 << i, 0)
+        mask = ((inside[:, None] >> tap[None, :]) & 1) != 0
+    column = tl.max_contiguous(tl.multiple_of(column + channel + FIRST, VECTOR), VECTOR)
+    base = x + first * (HEIGHT * WIDTH * CHANNELS)
+    v = tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
+    if log_scale is not None:
+        lam = _spread(log_scale, FIRST + channel, live, ACC)
+        b = _spread(bias, FIRST + channel, live, ACC)
+        u = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST)
+        v = tl.where(mask, u, 0.0).to(x.dtype.element_ty)
+    return v
+
+
+@triton.jit
+def _gather(
+    scratch, first, sample, pixel, mask, column, rows, splits, PART: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr, DENSE: tl.constexpr,
+    SIGN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum over the taps of what the pixel that the tap reaches (SIGN 1), or by which this one is
+    reached (SIGN -1), has in scratch for it."""
+    TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    total = tl.zeros((TILE, BLOCK), ACC)
+    base = scratch + first * (HEIGHT * WIDTH * PART * (1 if DENSE else TAPS))
+    for _ in range(splits):
+        if DENSE:
+            row = (sample * (HEIGHT * WIDTH) + pixel) * PART
+            total += tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
+        else:
+            for tap in tl.static_range(KERNEL * KERNEL):
+                dy = (tap // KERNEL - KERNEL // 2) * SIGN
+                dx = (tap % KERNEL - KERNEL // 2) * SIGN
+                there = sample * (HEIGHT * WIDTH) + pixel + (dy * WIDTH + dx)
+                row = there * (TAPS * PART) + tap * PART
+                inside = _inside(pixel, dy, dx, HEIGHT, WIDTH)
+                at = row[:, None] + column[None, :]
+                total += tl.load(base + at, mask=mask & inside[:, None], other=0)
+        base += rows.to(tl.int64) * (TAPS * PART)
+    return total
+
+
+# --- the two products ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _weights(w, row, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a padded matrix of WIDTH columns."""
+    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return tl.load(w + (r[:, None] * WIDTH + c[None, :]))
+
+
+@triton.jit
+def _chunk(
+    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """UNITS hidden units from j on, or with `grad` the gradients before their ReLU. `a` and `g` are
+    the patches, where they are one block."""
+    FIRST: tl.constexpr = MOVED if FLIP else 0
+    PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    pre = tl.zeros((TILE, UNITS), ACC)
+    if INPUTS >= PATCH * (CHANNELS - MOVED):
+        w = _weights(w1, 0, j, hidden, INPUTS, UNITS)
+        pre = tl.dot(a, w, pre, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for block in range(input_blocks):
+            more = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+            )  # fmt: skip
+            w = _weights(w1, block * INPUTS, j, hidden, INPUTS, UNITS)
+            pre = tl.dot(more, w, pre, input_precision=PRECISION, out_dtype=ACC)
+    pre += tl.load(b1 + j + tl.arange(0, UNITS))[None, :]
+    if grad is None:
+        value = tl.maximum(pre, 0.0)
+    else:
+        up = tl.zeros((TILE, UNITS), ACC)
+        if OUTPUTS >= PATCH * 2 * MOVED:
+            v = _weights(w2t, 0, j, hidden, OUTPUTS, UNITS)
+            up = tl.dot(g, v, up, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for block in range(output_blocks):
+                grads = _patches(
+                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                )  # fmt: skip
+                v = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
+                up = tl.dot(grads, v, up, input_precision=PRECISION, out_dtype=ACC)
+        value = tl.where(pre > 0, up, 0.0)
+    return value.to(x.dtype.element_ty)
+
+
+@triton.jit
+def _products(
+    x, log_scale, bias, w1, b1, grad, w2t, second, scratch, group, split, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    chunks, INPUTS: tl.constexpr, input_blocks,
+    OUTPUTS: tl.constexpr, output_blocks, COLUMNS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What a group's pixels add to their neighbours, through this split of the hidden units: of the
+    conditioner's output (`second` is its second weights), or with `grad` of the gradient of its input
+    (`second` is its first weights, transposed). Either all columns are summed in registers over the
+    chunks, or there is one chunk, and blocks of columns are made one after another."""
+    FIRST: tl.constexpr = MOVED if FLIP else 0
+    PIXELS: tl.constexpr = 1 if DENSE else HEIGHT * WIDTH
+    PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    LENGTH: tl.constexpr = PATCH * (2 * MOVED if grad is None else CHANNELS - MOVED)
+    for tile in range((PIXELS + TILE - 1) // TILE):
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        a, g = None, None
+        if INPUTS >= PATCH * (CHANNELS - MOVED):
+            a = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, 0, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+            )  # fmt: skip
+        if grad is not None:
+            if OUTPUTS >= PATCH * 2 * MOVED:
+                g = _patches(
+                    grad, None, None, first, sample, pixel, valid, 0, 0, 2 * MOVED, 2 * MOVED,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                )  # fmt: skip
+        to = scratch + (split.to(tl.int64) * rows + first * PIXELS) * LENGTH
+        to += ((sample * PIXELS + pixel) * LENGTH)[:, None]
+        column = tl.arange(0, COLUMNS)
+        if COLUMN_BLOCKS == 1:
+            total = tl.zeros((TILE, COLUMNS), ACC)
+            for chunk in range(chunks):
+                j = (split * chunks + chunk) * UNITS
+                h = _chunk(
+                    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+                    CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
+                    hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE,
+                    VECTOR, GRAD_VECTOR, PRECISION, ACC,
+                )  # fmt: skip
+                w = _weights(second, j, 0, SECOND_WIDTH, UNITS, COLUMNS)
+                total = tl.dot(h, w, total, input_precision=PRECISION, out_dtype=ACC)
+            tl.store(to + column[None, :], total, mask=valid[:, None] & (column < LENGTH)[None, :])
+        else:
+            j = split * UNITS
+            h = _chunk(
+                a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
+                hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE, VECTOR,
+                GRAD_VECTOR, PRECISION, ACC,
+            )  # fmt: skip
+            for block in range(COLUMN_BLOCKS):
+                at = block * COLUMNS + column
+                w = _weights(second, j, block * COLUMNS, SECOND_WIDTH, UNITS, COLUMNS)
+                part = tl.dot(h, w, input_precision=PRECISION, out_dtype=ACC)
+                tl.store(to + at[None, :], part, mask=valid[:, None] & (at < LENGTH)[None, :])
+
+
+# --- coupling ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _raw_and_shift(
+    scratch, b2, first, sample, pixel, mask, channel, live, rows, splits,
+    MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
+    DENSE: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    raw = _gather(
+        scratch, first, sample, pixel, mask, channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH, KERNEL,
+        DENSE, 1, TILE, BLOCK, ACC,
+    )  # fmt: skip
+    shift = _gather(
+        scratch, first, sample, pixel, mask, MOVED + channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH,
+        KERNEL, DENSE, 1, TILE, BLOCK, ACC,
+    )  # fmt: skip
+    raw += _spread(b2, channel, live, ACC)
+    shift += _spread(b2, MOVED + channel, live, ACC)
+    # Rows without a pixel are given zeros, whose exponentials cannot overflow.
+    return tl.where(mask, raw * FACTOR, 0.0), tl.where(mask, shift * FACTOR, 0.0)
+
+
+@triton.jit
+def _couple(
+    x, log_scale, bias, b2, gain, log_det, scratch, out, total, group, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, splits,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes a group's images and their log-dets."""
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    KEPT: tl.constexpr = CHANNELS - MOVED
+    SEGMENT: tl.constexpr = SLOTS if SLOTS < TILE else TILE
+    own = tl.zeros((TILE // SEGMENT,), ACC)
+    for tile in range((PIXELS + TILE - 1) // TILE):
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        row = ((sample * PIXELS + pixel) * CHANNELS)[:, None]
+        base, to = x + first * (PIXELS * CHANNELS), out + first * (PIXELS * CHANNELS)
+        for start in range(0, KEPT, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            live = channel < KEPT
+            mask = valid[:, None] & live[None, :]
+            channel += MOVED if FLIP else 0
+            v = tl.load(base + (row + channel[None, :]), mask=mask, other=0).to(ACC)
+            if log_scale is not None:
+                lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
+                v = _affine(v, lam, b, INVERSE, NORM_SHIFT_FIRST)
+            tl.store(to + (row + channel[None, :]), v, mask=mask)
+        for start in range(0, MOVED, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            live = k < MOVED
+            mask = valid[:, None] & live[None, :]
+            raw, t = _raw_and_shift(
+                scratch, b2, first, sample, pixel, mask, k, live, rows, splits, MOVED, HEIGHT, WIDTH,
+                KERNEL, DENSE, FACTOR, TILE, BLOCK, ACC,
+            )  # fmt: skip
+            s, _ = _squash(raw, SCALE, CLAMP, EPS, ACC)
+            if gain is not None:
+                s *= _spread(gain, k, live, ACC)
+            channel = k + (0 if FLIP else KEPT)
+            v = tl.load(base + (row + channel[None, :]), mask=mask, other=0).to(ACC)
+            if log_scale is not None:
+                lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
+                if not INVERSE:
+                    v = _affine(v, lam, b, False, NORM_SHIFT_FIRST)
+            v = _affine(v, s, t, INVERSE, SHIFT_FIRST)
+            if log_scale is not None:
+                if INVERSE:
+                    v = _affine(v, lam, b, True, NORM_SHIFT_FIRST)
+            tl.store(to + (row + channel[None, :]), v, mask=mask)
+            sums = tl.sum(tl.where(mask, s, 0.0), axis=1)
+            own += tl.sum(tl.reshape(sums, (TILE // SEGMENT, SEGMENT)), axis=1)
+    if log_scale is not None:
+        sum_lam = tl.zeros((128,), ACC)
+        for start in range(0, CHANNELS, 128):
+            channel = start + tl.arange(0, 128)
+            sum_lam += tl.load(log_scale + channel, mask=channel < CHANNELS, other=0).to(ACC)
+        own += tl.sum(sum_lam, axis=0) * PIXELS
+    if INVERSE:
+        own = -own
+    sample = group.to(tl.int64) * (TILE // SEGMENT) + tl.arange(0, TILE // SEGMENT)
+    if log_det is not None:
+        own += tl.load(log_det + sample, mask=sample < samples, other=0).to(ACC)
+    tl.store(total + sample, own, mask=sample < samples)
+
+
+@triton.jit
+def _store_sum(partials, tile, slot, channel, live, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
+    """The sum of a tile over its rows; `partials` is this tile's (SLOTS, LENGTH)."""
+    tl.store(partials + (slot * LENGTH + channel), tl.sum(tile, axis=0), mask=live)
+
+
+@triton.jit
+def _couple_backward(
+    grad_out, grad_log_det, out, log_scale, bias, b2, gain, scratch, grad_in, grad_params,
+    partials, group, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, splits,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The transformed part of the input's gradient, that of the conditioner's output, and sums for
+    log_scale, bias, gain and both halves of the second convolution's bias."""
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
+    for tile in range(TILES):
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        place = sample * PIXELS + pixel
+        sums = partials + (group.to(tl.int64) * TILES + tile) * (5 * MOVED)
+        begin = first * (PIXELS * CHANNELS)
+        g_log_det = tl.load(grad_log_det + first + sample, mask=valid, other=0).to(ACC)[:, None]
+        for start in range(0, MOVED, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            live = k < MOVED
+            mask = valid[:, None] & live[None, :]
+            raw, t = _raw_and_shift(
+                scratch, b2, first, sample, pixel, mask, k, live, rows, splits, MOVED, HEIGHT, WIDTH,
+                KERNEL, DENSE, FACTOR, TILE, BLOCK, ACC,
+            )  # fmt: skip
+            f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
+            s = f
+            if gain is not None:
+                bound = _spread(gain, k, live, ACC)
+                s = bound * f
+            channel = k + (0 if FLIP else CHANNELS - MOVED)
+            at = (place * CHANNELS)[:, None] + channel[None, :]
+            v = tl.load(out + begin + at, mask=mask, other=0).to(ACC)
+            g = tl.load(grad_out + begin + at, mask=mask, other=0).to(ACC)
+            if log_scale is not None:
+                lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
+                if INVERSE:
+                    v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, True, NORM_SHIFT_FIRST)
+            v, g, grad_s, grad_t = _affine_backward(v, g, s, t, INVERSE, SHIFT_FIRST)
+            grad_s += -g_log_det if INVERSE else g_log_det
+            if gain is not None:
+                _store_sum(sums, grad_s * f, 2, k, live, 5, MOVED)
+                grad_s *= bound
+            grad_raw, grad_t = grad_s * slope * FACTOR, grad_t * FACTOR
+            _store_sum(sums, tl.where(mask, grad_raw, 0.0), 3, k, live, 5, MOVED)
+            _store_sum(sums, grad_t, 4, k, live, 5, MOVED)
+            to = grad_params + first * (PIXELS * 2 * MOVED)
+            to += (place * (2 * MOVED))[:, None] + k[None, :]
+            tl.store(to, grad_raw, mask=mask)
+            tl.store(to + MOVED, grad_t, mask=mask)
+            if log_scale is not None:
+                if not INVERSE:
+                    v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, False, NORM_SHIFT_FIRST)
+                _store_sum(sums, grad_lam, 0, k, live, 5, MOVED)
+                _store_sum(sums, grad_b, 1, k, live, 5, MOVED)
+            tl.store(grad_in + begin + at, g, mask=mask)
+
+
+@triton.jit
+def _identity_backward(
+    grad_out, out, log_scale, bias, scratch, grad_in, partials, group, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, splits, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The identity part of the input's gradient, and sums for log_scale and bias. The conditioner's
+    input is actnorm's output in the forward, and the given y in the inverse."""
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    KEPT: tl.constexpr = CHANNELS - MOVED
+    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
+    for tile in range(TILES):
+        first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
+        sums = partials + (group.to(tl.int64) * TILES + tile) * (2 * KEPT)
+        row = ((sample * PIXELS + pixel) * CHANNELS)[:, None]
+        begin = first * (PIXELS * CHANNELS)
+        for start in range(0, KEPT, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            live = k < KEPT
+            mask = valid[:, None] & live[None, :]
+            channel = k + (MOVED if FLIP else 0)
+            at = row + channel[None, :]
+            g = tl.load(grad_out + begin + at, mask=mask, other=0).to(ACC)
+            grad_a = _gather(
+                scratch, first, sample, pixel, mask, k, rows, splits, KEPT, HEIGHT, WIDTH, KERNEL,
+                DENSE, -1, TILE, BLOCK, ACC,
+            )  # fmt: skip
+            if not INVERSE:
+                g += grad_a
+            if log_scale is not None:
+                v = tl.load(out + begin + at, mask=mask, other=0).to(ACC)
+                lam, b = _spread(log_scale, channel, live, ACC), _spread(bias, channel, live, ACC)
+                v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, INVERSE, NORM_SHIFT_FIRST)
+                _store_sum(sums, grad_lam, 0, k, live, 2, KEPT)
+                _store_sum(sums, grad_b, 1, k, live, 2, KEPT)
+            if INVERSE:
+                g += grad_a
+            tl.store(grad_in + begin + at, g, mask=mask)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _products_kernel(
+    x, log_scale, bias, w1, b1, grad, w2t, second, scratch, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr, chunks, splits,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The products alone, where the hidden units of an image are split among programs."""
+    _products(
+        x, log_scale, bias, w1, b1, grad, w2t, second, scratch, tl.program_id(0) // splits,
+        tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP,
+        DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, input_blocks, OUTPUTS,
+        output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR, GRAD_VECTOR,
+        PRECISION, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _map_kernel(
+    x, log_scale, bias, w1, b1, w2, b2, gain, log_det, scratch, out, total, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
+    UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
+    input_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Products (FUSED, else they have been made) and coupling."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            x, None if INVERSE else log_scale, None if INVERSE else bias, w1, b1,
+            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            1, PRECISION, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _couple(
+        x, log_scale, bias, b2, gain, log_det, scratch, out, total, group, samples,
+        rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP,
+        EPS, FACTOR, SHIFT_FIRST, NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _couple_backward_kernel(
+    grad_out, grad_log_det, out, log_scale, bias, w1, b1, w2, b2, gain, scratch, grad_in,
+    grad_params, partials, samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, hidden,
+    UNITS: tl.constexpr, chunks, splits, INPUTS: tl.constexpr,
+    input_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The conditioner again (FUSED), from the output's identity part, then the coupling backwards."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
+            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            1, PRECISION, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _couple_backward(
+        grad_out, grad_log_det, out, log_scale, bias, b2, gain, scratch, grad_in,
+        grad_params, partials, group, samples, rows, CHANNELS, MOVED, HEIGHT,
+        WIDTH, KERNEL, FLIP, DENSE, INVERSE, SCALE, CLAMP, EPS, FACTOR, SHIFT_FIRST,
+        NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _identity_backward_kernel(
+    grad_out, out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, grad_in, partials,
+    samples, rows,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    chunks, splits, INPUTS: tl.constexpr,
+    input_blocks, OUTPUTS: tl.constexpr, output_blocks,
+    COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, SECOND_WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """The gradient through the conditioner (FUSED), and that of the identity part."""
+    group = tl.program_id(0)
+    if FUSED:
+        _products(
+            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
+            grad_params, w2t, w1t, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            input_blocks, OUTPUTS, output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
+            GRAD_VECTOR, PRECISION, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()  # scratch is now visible to all threads of the program
+    _identity_backward(
+        grad_out, out, log_scale, bias, scratch, grad_in, partials, group, samples,
+        rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, INVERSE,
+        NORM_SHIFT_FIRST, splits, SLOTS, TILE, BLOCK, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _weights_kernel(
+    x, log_scale, bias, w1t, b1, grad, w2, partials, sums, samples, iterations,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
+    output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """Gradients of UNITS rows and COLUMNS columns of w1t (with `sums`, of the first bias) or, SECOND, of
+    w2, from `iterations` tiles of pixels; with the hidden units as rows, as the products want it."""
+    FIRST: tl.constexpr = MOVED if FLIP else 0
+    PIXELS: tl.constexpr = 1 if DENSE else HEIGHT * WIDTH
+    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
+    PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    LENGTH: tl.constexpr = PATCH * (2 * MOVED if SECOND else CHANNELS - MOVED)
+    blocks = hidden // UNITS * COLUMN_BLOCKS
+    part = tl.program_id(0) // blocks
+    column_block = tl.program_id(0) % COLUMN_BLOCKS
+    j = tl.program_id(0) % blocks // COLUMN_BLOCKS * UNITS
+    unit = j + tl.arange(0, UNITS)
+    b = tl.load(b1 + unit)[:, None]
+    total = tl.zeros((UNITS, COLUMNS), ACC)
+    total_b = tl.zeros((UNITS,), ACC)
+    for i in range(iterations):
+        tile = part * iterations + i
+        first, sample, pixel, valid = _rows(
+            tile // TILES, tile % TILES, samples, PIXELS, SLOTS, TILE
+        )
+        pre = tl.zeros((UNITS, TILE), ACC)
+        for block in range(input_blocks):
+            a = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+            )  # fmt: skip
+            w = _weights(w1t, j, block * INPUTS, FIRST_WIDTH, UNITS, INPUTS)
+            pre = tl.dot(w, tl.trans(a), pre, input_precision=PRECISION, out_dtype=ACC)
+        pre += b
+        if SECOND:
+            value = tl.maximum(pre, 0.0)
+            other = _patches(
+                grad, None, None, first, sample, pixel, valid, column_block, 0, 2 * MOVED, 2 * MOVED,
+                HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, ACC,
+            )  # fmt: skip
+        else:
+            up = tl.zeros((UNITS, TILE), ACC)
+            for block in range(output_blocks):
+                g = _patches(
+                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                )  # fmt: skip
+                v = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
+                up = tl.dot(v, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
+            value = tl.where(pre > 0, up, 0.0)
+            total_b += tl.sum(value, axis=1)
+            other = _patches(
+                x, log_scale, bias, first, sample, pixel, valid, column_block, FIRST, CHANNELS - MOVED,
+                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, COLUMNS, VECTOR, ACC,
+            )  # fmt: skip
+        value = value.to(x.dtype.element_ty)
+        total = tl.dot(value, other, total, input_precision=PRECISION, out_dtype=ACC)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
+    row = part.to(tl.int64) * hidden + unit
+    at = (row * LENGTH)[:, None] + column[None, :]
+    tl.store(partials + at, total, mask=(column < LENGTH)[None, :])
+    if not SECOND:
+        if column_block == 0:
+            tl.store(sums + row, total_b)
+
+
+# --- plans: by shape alone, so that sums are the same on every machine ---------------------------
+
+_DENSE_PIXELS = 4
+_PROGRAMS = 512  # of the weights' gradients: a few for every multiprocessor of the largest chips
+_SCRATCH = 2**26  # elements at a time; a larger batch is mapped in parts
+
+
+class _Product(NamedTuple):
+    """How the hidden units are walked: `units` at a time, `chunks` one after another in a program,
+    `splits` programs side by side; and the blocks of the columns that come out."""
+
+    units: int
+    chunks: int
+    splits: int
+    columns: int
+    column_blocks: int
+
+
+class _Plan(NamedTuple):
+    """How a coupling is cut into tiles."""
+
+    channels: int
+    moved: int
+    height: int
+    width: int
+    size: int  # of the convolutions' kernels
+    dense: bool
+    hidden: int  # padded, and with `dense` of all pixels
+    inputs: int  # a block of the patches' columns
+    input_blocks: int
+    outputs: int
+    output_blocks: int
+    forward: _Product
+    backward: _Product
+    first_width: int  # of the rows of the first weights, transposed, with padding
+    second_width: int
+    tile: int
+    widest: int  # columns of a tile of the weights' gradients
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def kept(self) -> int:
+        return self.channels - self.moved
+
+    @property
+    def taps(self) -> int:
+        return self.pixels if self.dense else self.size**2
+
+    @property
+    def slots(self) -> int:
+        return triton.next_power_of_2(self.pixels)
+
+    def groups(self, samples: int, row_slots: int, tile: int) -> int:
+        return triton.cdiv(samples, max(1, tile // row_slots))
+
+
+def _blocks(length: int, widest: int, otherwise: int) -> tuple[int, int]:
+    """Size and number of the blocks that `length` columns are padded to: one, or some of another size."""
+    if length <= widest:
+        return max(16, triton.next_power_of_2(length)), 1
+    return otherwise, triton.cdiv(length, otherwise)
+
+
+def _product(length: int, hidden: int, dense: bool, narrow: bool) -> _Product:
+    columns, blocks = _blocks(length, *(256, 128) if narrow else (64, 64))
+    if blocks > 1:
+        units = min(128 if narrow else 32, hidden)
+        return _Product(units, 1, hidden // units, columns, blocks)
+    units = min(64 if narrow else 32, hidden)
+    # Of a small image there are few tiles: more programs come from the hidden units.
+    splits = max(1, hidden // 128) if dense else 1
+    return _Product(units, hidden // splits // units, splits, columns, 1)
+
+
+@functools.cache
+def _plan(
+    channels: int,
+    moved: int,
+    height: int,
+    width: int,
+    size: int,
+    hidden: int,
+    dtype: torch.dtype,
+) -> _Plan:
+    pixels, narrow = height * width, dtype.itemsize == 2
+    dense = pixels <= _DENSE_PIXELS
+    hidden *= pixels if dense else 1
+    hidden, chunks = _blocks(hidden, 128, 128)
+    hidden *= chunks
+    taps = pixels if dense else size**2
+    inputs, outputs = taps * (channels - moved), taps * 2 * moved
+    deep, widest = (32, 128) if narrow else (16, 64)  # columns of a block
+    return _Plan(
+        *(channels, moved, height, width, size, dense, hidden),
+        *(*_blocks(inputs, deep, deep), *_blocks(outputs, deep, deep)),
+        _product(outputs, hidden, dense, narrow),
+        _product(inputs, hidden, dense, narrow),
+        first_width=_padded_to(inputs),
+        second_width=_padded_to(outputs),
+        tile=64,
+        widest=widest,
+    )
+
+
+def _padded_to(length: int) -> int:
+    """A multiple of every block's size."""
+    return triton.cdiv(length, 128) * 128 if length > 128 else _blocks(length, 128, 128)[0]
+
+
+def _vector(x: Tensor, *sizes: int) -> int:
+    """Elements that divide all sizes, 16 bytes at most."""
+    widest = 16 // x.element_size()
+    n = functools.reduce(lambda a, b: a | b, sizes)
+    return min(n & -n, widest)
+
+
+def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
+    moved, kept = plan.moved, plan.kept
+    first = moved if flip else 0
+    return {
+        "CHANNELS": plan.channels,
+        "MOVED": moved,
+        "HEIGHT": plan.height,
+        "WIDTH": plan.width,
+        "KERNEL": plan.size,
+        "FLIP": flip,
+        "DENSE": plan.dense,
+        "hidden": plan.hidden,
+        "INPUTS": plan.inputs,
+        "input_blocks": plan.input_blocks,
+        "TILE": plan.tile,
+        "VECTOR": min(_vector(x, kept, plan.channels, first), plan.inputs),
+        # Of float32 operands; close to float32, at a third of the speed of TF32. README.md: Precision.
+        "PRECISION": "tf32x3",
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": 8,
+        "num_stages": 2,
+        # Without a limit ptxas now and then spills a few registers to come down to a round number.
+        "maxnreg": 255,
+    }
+
+
+def _product_constants(product: _Product) -> dict[str, Any]:
+    return {
+        "UNITS": product.units,
+        "chunks": product.chunks,
+        "splits": product.splits,
+        "COLUMNS": product.columns,
+        "COLUMN_BLOCKS": product.column_blocks,
+    }
+
+
+def _form_constants(form: CouplingForm) -> dict[str, Any]:
+    """What is left of a form once `_laid_out` has put raw before shift."""
+    return {
+        "SCALE": form.scale,
+        "CLAMP": form.clamp,
+        "EPS": form.eps,
+        "FACTOR": form.factor,
+        "SHIFT_FIRST": form.shift_first,
+    }
+
+
+# --- weights as matrices -------------------------------------------------------------------------
+
+
+def _halves(v: Tensor, form: CouplingForm) -> Tensor:
+    """Outputs of the second convolution (dimension 0), raw before shift."""
+    first, second = (v[0::2], v[1::2]) if form.interleaved else v.chunk(2)
+    return torch.cat((first, second) if form.leading == "scale" else (second, first))
+
+
+def _unhalved(v: Tensor, form: CouplingForm) -> Tensor:
+    """The inverse of `_halves`."""
+    raw, shift = v.chunk(2)
+    pair = (raw, shift) if form.leading == "scale" else (shift, raw)
+    return torch.stack(pair, dim=1).flatten(0, 1) if form.interleaved else torch.cat(pair)
+
+
+def _margins(plan: _Plan) -> tuple[int, int, int, int]:
+    """What widens a kernel to the (2h - 1, 2w - 1) offsets between two pixels."""
+    half = plan.size // 2
+    return (plan.width - 1 - half,) * 2 + (plan.height - 1 - half,) * 2
+
+
+def _dense(w: Tensor, plan: _Plan) -> Tensor:
+    """A convolution's (outputs, inputs, K, K) as (outputs, inputs, pixels out, pixels in)."""
+    windows = F.pad(w, _margins(plan)).unfold(2, plan.height, 1).unfold(3, plan.width, 1)
+    return windows.flip(2, 3).flatten(4).flatten(2, 3)
+
+
+def _undense(grad: Tensor, plan: _Plan) -> Tensor:
+    """The adjoint of `_dense`."""
+    h, w = plan.height, plan.width
+    windows = grad.unflatten(3, (h, w)).unflatten(2, (h, w)).flip(2, 3)
+    shape = (*grad.shape[:2], 2 * h - 1, 2 * w - 1)
+    rows = torch.ops.aten.unfold_backward(windows, (*shape[:2], h, 2 * w - 1, h), 3, w, 1)
+    padded = torch.ops.aten.unfold_backward(rows, shape, 2, h, 1)
+    return F.pad(padded, [-m for m in _margins(plan)])
+
+
+def _laid_out(
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, form: CouplingForm, plan: _Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(patch of the input, hidden), (hidden,) and (hidden, patch of the output), without padding."""
+    weight2 = _halves(weight2, form)
+    if plan.dense:
+        w1 = _dense(weight1, plan).permute(3, 1, 2, 0)  # pixel in, input, pixel, hidden
+        w2 = _dense(weight2, plan).permute(3, 1, 2, 0)  # pixel, hidden, pixel out, output
+        b1 = bias1.repeat(plan.pixels)
+        return w1.flatten(0, 1).flatten(1), b1, w2.flatten(0, 1).flatten(1)
+    w1 = weight1.permute(2, 3, 1, 0).flatten(0, 2)
+    return w1, bias1, weight2.permute(1, 2, 3, 0).flatten(1)
+
+
+def _of_weight1(grad: Tensor, weight1: Tensor, plan: _Plan) -> Tensor:
+    """From (hidden, patch of the input)."""
+    hidden, inputs, size, _ = weight1.shape
+    if plan.dense:
+        n = plan.pixels
+        grad = grad[: n * hidden].unflatten(1, (n, inputs)).unflatten(0, (n, hidden))
+        return _undense(grad.permute(1, 3, 0, 2), plan).to(weight1.dtype).contiguous()
+    grad = grad[:hidden].view(hidden, size, size, inputs)
+    return grad.permute(0, 3, 1, 2).to(weight1.dtype).contiguous()
+
+
+def _of_weight2(grad: Tensor, weight2: Tensor, form: CouplingForm, plan: _Plan) -> Tensor:
+    """From (hidden, patch of the output)."""
+    outputs, hidden, size, _ = weight2.shape
+    if plan.dense:
+        n = plan.pixels
+        grad = grad[: n * hidden].unflatten(1, (n, outputs)).unflatten(0, (n, hidden))
+        grad = _undense(grad.permute(3, 1, 2, 0), plan)
+    else:
+        grad = grad[:hidden].view(hidden, size, size, outputs).permute(3, 0, 1, 2)
+    return _unhalved(grad, form).to(weight2.dtype).contiguous()
+
+
+def _padded(w: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return F.pad(w.to(dtype), (0, columns - w.shape[1], 0, rows - w.shape[0])).contiguous()
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _like(nhwc: Tensor, x: Tensor) -> Tensor:
+    """As NCHW, in the memory format of x."""
+    out = nhwc.permute(0, 3, 1, 2)
+    return out.contiguous() if x.is_contiguous() else out
+
+
+class _Operands(NamedTuple):
+    """What all launches of one call share."""
+
+    plan: _Plan
+    constants: dict[str, Any]
+    w1: Tensor  # (patch of the input, hidden)
+    b1: Tensor
+    w2: Tensor  # (hidden, patch of the output)
+    b2: Tensor
+
+
+def _operands(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    form: CouplingForm,
+    flip: bool,
+) -> _Operands:
+    _, channels, height, width = x.shape
+    outputs, hidden, size, _ = weight2.shape
+    plan = _plan(channels, outputs // 2, height, width, size, hidden, x.dtype)
+    acc = accumulate_dtype(x)
+    w1, b1, w2 = _laid_out(weight1, bias1, weight2, form, plan)
+    return _Operands(
+        plan,
+        _constants(x, plan, flip) | {"NORM_SHIFT_FIRST": form.norm_shift_first},
+        _padded(w1, plan.first_width, plan.hidden, x.dtype),
+        F.pad(b1.to(acc), (0, plan.hidden - b1.shape[0])),
+        _padded(w2, plan.hidden, plan.second_width, x.dtype),
+        _halves(bias2.to(acc), form),
+    )
+
+
+def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]:
+    block = min(triton.next_power_of_2(part), 32)
+    return {"SLOTS": plan.slots, "BLOCK": block, "INVERSE": inverse}
+
+
+_NO_GRADIENT = {"OUTPUTS": 16, "output_blocks": 1, "GRAD_VECTOR": 1}
+
+
+def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
+    """Launch with those of the options that the kernel knows."""
+    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+    launch(kernel, (grid,), *arguments, **{k: v for k, v in options.items() if k in known})
+
+
+def _launch_both(
+    kernel: Any,
+    operands: _Operands,
+    product: _Product,
+    samples: int,
+    products: tuple[Any, ...],
+    arguments: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """Products and coupling: in one launch where a program has all hidden units of its images."""
+    plan = operands.plan
+    sizes = samples, samples * (1 if plan.dense else plan.pixels)
+    options = operands.constants | _product_constants(product) | options
+    fused = product.splits == 1 and not plan.dense
+    if not fused:
+        slots = 1 if plan.dense else plan.slots
+        grid = plan.groups(samples, slots, plan.tile) * product.splits
+        _launch(_products_kernel, grid, *products, *sizes, **(options | {"SLOTS": slots}))
+    grid = plan.groups(samples, plan.slots, plan.tile)
+    _launch(kernel, grid, *arguments, *sizes, **options, FUSED=fused)
+
+
+def _scratch(x: Tensor, plan: _Plan, product: _Product, part: int) -> Tensor:
+    """For each split, row and column of a product."""
+    length = x.shape[0] * plan.pixels * part * (1 if plan.dense else plan.taps)
+    return x.new_empty(product.splits, length, dtype=accumulate_dtype(x))
+
+
+def map(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    log_det: Tensor | None,
+    form: CouplingForm,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    operands = _operands(x, weight1, bias1, weight2, bias2, form, flip)
+    plan, inputs, samples = operands.plan, _nhwc(x), x.shape[0]
+    out, total = torch.empty_like(inputs), x.new_empty(samples, dtype=accumulate_dtype(x))
+    scratch = _scratch(x, plan, plan.forward, 2 * plan.moved)
+    weights = operands.w1, operands.b1
+    norm, on_load = (log_scale, bias), (None, None) if inverse else (log_scale, bias)
+    _launch_both(
+        *(_map_kernel, operands, plan.forward, samples),
+        (inputs, *on_load, *weights, None, None, operands.w2, scratch),
+        (inputs, *norm, *weights, operands.w2, operands.b2, gain, log_det, scratch, out, total),
+        **_coupling_constants(plan, max(plan.moved, plan.kept), inverse),
+        **_form_constants(form),
+        **_NO_GRADIENT,
+        SECOND_WIDTH=plan.second_width,
+    )
+    return _like(out, x), total
+
+
+def gradients(
+    grad_out: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    form: CouplingForm,
+    flip: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    operands = _operands(out, weight1, bias1, weight2, bias2, form, flip)
+    plan, w1, b1, w2, b2 = operands.plan, operands.w1, operands.b1, operands.w2, operands.b2
+    y, grad, samples = _nhwc(out), _nhwc(grad_out), out.shape[0]
+    acc = accumulate_dtype(out)
+    groups = plan.groups(samples, plan.slots, plan.tile) * triton.cdiv(plan.pixels, plan.tile)
+    norm, on_load = (log_scale, bias), (log_scale, bias) if inverse else (None, None)
+
+    # The conditioner again, then the coupling backwards.
+    grad_in = torch.empty_like(y)
+    grad_params = y.new_empty(samples, plan.height, plan.width, 2 * plan.moved)
+    of_moved = y.new_empty(groups, 5, plan.moved, dtype=acc)
+    scratch = _scratch(out, plan, plan.forward, 2 * plan.moved)
+    _launch_both(
+        *(_couple_backward_kernel, operands, plan.forward, samples),
+        (y, *on_load, w1, b1, None, None, w2, scratch),
+        (
+            *(grad, grad_log_det, y, *norm, w1, b1, w2, b2, gain, scratch),
+            *(grad_in, grad_params, of_moved),
+        ),
+        **_coupling_constants(plan, plan.moved, inverse),
+        **_form_constants(form),
+        **_NO_GRADIENT,
+        SECOND_WIDTH=plan.second_width,
+    )
+
+    # Through the conditioner, to the identity part.
+    w1t, w2t = w1.t().contiguous(), w2.t().contiguous()
+    outputs = {"OUTPUTS": plan.outputs, "output_blocks": plan.output_blocks}
+    outputs["GRAD_VECTOR"] = min(_vector(out, 2 * plan.moved), plan.outputs)
+    of_kept = y.new_empty(groups, 2, plan.kept, dtype=acc)
+    scratch = _scratch(out, plan, plan.backward, plan.kept)
+    _launch_both(
+        *(_identity_backward_kernel, operands, plan.backward, samples),
+        (y, *on_load, w1, b1, grad_params, w2t, w1t, scratch),
+        (grad, y, *norm, w1, b1, grad_params, w2t, w1t, scratch, grad_in, of_kept),
+        **_coupling_constants(plan, plan.kept, inverse),
+        **outputs,
+        SECOND_WIDTH=plan.first_width,
+    )
+
+    first, sums = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, False)
+    second, _ = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, True)
+    assert sums is not None
+    if plan.dense:
+        sums = sums[: plan.pixels * bias1.shape[0]].view(plan.pixels, -1).sum(0)
+    moved, kept = of_moved.sum(0), of_kept.sum(0)
+    grad_log_scale = grad_bias = None
+    if log_scale is not None and bias is not None:
+        through_log_det = grad_log_det.to(acc).sum() * (-plan.pixels if inverse else plan.pixels)
+        pair = [(moved[i], kept[i]) if flip else (kept[i], moved[i]) for i in range(2)]
+        grad_log_scale = (torch.cat(pair[0]) + through_log_det).to(log_scale.dtype)
+        grad_bias = torch.cat(pair[1]).to(bias.dtype)
+    return (
+        _like(grad_in, out),
+        _of_weight1(first, weight1, plan),
+        sums[: bias1.shape[0]].to(bias1.dtype),
+        _of_weight2(second, weight2, form, plan),
+        _unhalved(moved[3:].flatten(), form).to(bias2.dtype),
+        grad_log_scale,
+        grad_bias,
+        None if gain is None else moved[2].to(gain.dtype),
+    )
+
+
+def _weight_gradient(
+    operands: _Operands,
+    y: Tensor,
+    norm: tuple[Tensor | None, Tensor | None],
+    grad_params: Tensor,
+    w1t: Tensor,
+    w2: Tensor,
+    outputs: dict[str, Any],
+    second: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Of w2 (`second`), or of w1t and of the first bias; rows of hidden units."""
+    plan, samples = operands.plan, y.shape[0]
+    length = plan.taps * (2 * plan.moved if second else plan.kept)
+    columns, column_blocks = _blocks(length, plan.widest, plan.widest)
+    units, tile = min(64, plan.hidden), 64 if y.element_size() == 2 else 32
+    blocks = plan.hidden // units * column_blocks
+    slots = 1 if plan.dense else plan.slots
+    tiles = plan.groups(samples, slots, tile)
+    tiles *= 1 if plan.dense else triton.cdiv(plan.pixels, tile)
+    iterations = max(1, triton.cdiv(tiles * blocks, _PROGRAMS))
+    parts = triton.cdiv(tiles, iterations)
+    acc = accumulate_dtype(y)
+    partials = y.new_empty(parts, plan.hidden, length, dtype=acc)
+    sums = None if second else y.new_empty(parts, plan.hidden, dtype=acc)
+    options = operands.constants | outputs | {"TILE": tile}
+    launch(
+        *(_weights_kernel, (parts * blocks,)),
+        *(y, *norm, w1t, operands.b1, grad_params, w2, partials, sums, samples, iterations),
+        **options,
+        UNITS=units,
+        COLUMNS=columns,
+        COLUMN_BLOCKS=column_blocks,
+        FIRST_WIDTH=plan.first_width,
+        SECOND_WIDTH=plan.second_width,
+        SLOTS=slots,
+        SECOND=second,
+    )
+    return partials.sum(0), None if sums is None else sums.sum(0)
