@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from ._triton import Launch, for_amd
+from ._triton import Launch
 
 __all__ = ["main"]
 
@@ -98,7 +98,7 @@ class Result:
 
 def _task(op: str, launch: Launch, run: int, arch: str) -> Task:
     kernel, constants, signature, divisible = launch.kernel, [], [], []
-    options = for_amd(launch.options) if _is_amd(arch) else dict(launch.options)
+    options = launch.options_for(amd=_is_amd(arch))
     for position, parameter in enumerate(kernel.params):
         if position < len(launch.arguments):
             value = launch.arguments[position]

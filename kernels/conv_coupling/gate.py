@@ -9,7 +9,7 @@ from .._triton import Launch, recording
 from ..actnorm_coupling.form import CouplingForm
 from . import triton_impl
 
-__all__ = ["launches"]
+__all__ = ["launches", "launches_elsewhere"]
 
 _SAMPLES = 300
 
@@ -25,29 +25,43 @@ _HIDDEN: dict[tuple[int, ...], tuple[int, ...]] = {
     (48, 4, 4): (128, 512),
     (192, 2, 2): (512, 1024),
     (4, 4, 4): (32,),
+    (8, 2, 2): (64,),
 }
 
-# The inverse differs in where actnorm is, and float32 has smaller tiles: each where kernels are most
-# unlike one another, so that the gate stays short.
-_INVERSE = {(12, 16, 16)}
-_FLOAT32 = {(12, 16, 16), (48, 4, 4), (64, 2, 2)}
+# Float32 has smaller tiles: compiled in one direction, where kernels are most unlike one another.
+_FLOAT32 = {(12, 16, 16), (64, 2, 2)}
+# What is compiled for every chip: the presets' largest images in both directions, and an image of few
+# pixels in one.
+_BOTH_DIRECTIONS, _ONE_DIRECTION = (12, 16, 16), (64, 2, 2)
 
 
 def launches(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
     """Launches for 300 samples of a shape, each with the bytes of the contiguous run that its main
     loads walk along: a row of a matrix of weights, or where there is none the channels of a pixel."""
-    if dtype == torch.float32 and shape not in _FLOAT32:
-        return
-    inverses = (False, True) if shape in _INVERSE and dtype == torch.bfloat16 else (False,)
-    for hidden in _HIDDEN.get(shape, ()):
-        for inverse in inverses:
-            for launch in _launches(shape, dtype, hidden, inverse):
-                fused = launch.options.get("FUSED", True)
-                # A thread's share of the smallest matrices is below 16 bytes.
-                yield launch, min(16, hidden // 4) if fused else dtype.itemsize * shape[0] // 2
+    if dtype == torch.bfloat16:
+        yield from _launches(shape, dtype, (False, True))
+    elif shape in _FLOAT32:
+        yield from _launches(shape, dtype, (False,))
+
+
+def launches_elsewhere(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
+    if dtype == torch.bfloat16 and shape == _BOTH_DIRECTIONS:
+        yield from _launches(shape, dtype, (False, True))
+    elif dtype == torch.bfloat16 and shape == _ONE_DIRECTION:
+        yield from _launches(shape, dtype, (False,))
 
 
 def _launches(
+    shape: tuple[int, ...], dtype: torch.dtype, inverses: tuple[bool, ...]
+) -> Iterator[tuple[Launch, int]]:
+    for hidden in _HIDDEN.get(shape, ()):
+        for inverse in inverses:
+            for launch in _recorded(shape, dtype, hidden, inverse):
+                row = hidden if launch.options.get("FUSED", True) else shape[0] // 2
+                yield launch, dtype.itemsize * row
+
+
+def _recorded(
     shape: tuple[int, ...], dtype: torch.dtype, hidden: int, inverse: bool
 ) -> list[Launch]:
     channels, height, width = shape
@@ -58,14 +72,12 @@ def _launches(
 
     x = tensor(_SAMPLES, channels, height, width, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    parameters = (
-        tensor(hidden, channels - moved, 3, 3),
-        tensor(hidden),
-        tensor(2 * moved, hidden, 3, 3),
-        *(tensor(n) for n in (2 * moved, channels, channels, moved)),
-    )
-    log_det, choices = tensor(_SAMPLES), (CouplingForm(), False, inverse)
+    weight1, bias1 = tensor(hidden, channels - moved, 3, 3), tensor(hidden)
+    weight2, bias2 = tensor(2 * moved, hidden, 3, 3), tensor(2 * moved)
+    weights = weight1, bias1, weight2, bias2
+    log_scale, bias, gain, log_det = (tensor(n) for n in (channels, channels, moved, _SAMPLES))
+    norm, form = (log_scale, bias, gain), CouplingForm()
     with recording() as made:
-        triton_impl.map(x, *parameters, log_det, *choices)
-        triton_impl.gradients(x, log_det, x, *parameters, *choices)
+        triton_impl.map(x, *weights, *norm, log_det, form, False, inverse)
+        triton_impl.gradients(x, log_det, x, *weights, *norm, form, False, inverse)
     return made

@@ -26,8 +26,23 @@ from .._triton import launch
 from ..actnorm_coupling.form import CouplingForm
 from ..actnorm_coupling.reference import accumulate_dtype
 from ..actnorm_coupling.triton_impl import _affine, _affine_backward, _spread, _squash
+from .layout import (
+    Plan,
+    Product,
+    blocks,
+    halves,
+    laid_out,
+    make_plan,
+    of_weight1,
+    of_weight2,
+    padded,
+    unhalved,
+)
 
 __all__ = ["gradients", "map"]
+
+_SCRATCH = 2**28  # bytes at a time; a larger batch is mapped in slices
+_PROGRAMS = 512  # of the weights' gradients: a few for every multiprocessor of the largest chips
 
 # Not compiled in: so that few kernels serve all batches and hidden layers, and that loops over blocks
 # stay loops, which unrolled take more registers than there are.
@@ -79,11 +94,14 @@ def _patches(
         column = (dy * WIDTH + dx) * CHANNELS
         # A bit for each tap: one test for each element instead of six. There are no bits for the
         # columns of padding, whose taps are 9 and above, but below 32.
-        inside = tl.zeros_like(pixel)
-        for i in tl.static_range(KERNEL * KERNEL):
-            down, right = (i // KERNEL - KERNEL // 2) * SIGN, (i % KERNEL - KERNEL // 2) * SIGN
-            reached = valid & _inside(pixel, down, right, HEIGHT, WIDTH)
-            inside |= tl.where(reached, 1 << i, 0)
+        across, inside = tl.zeros_like(pixel), tl.zeros_like(pixel)
+        for i in tl.static_range(KERNEL):
+            reached = pixel % WIDTH + (i - KERNEL // 2) * SIGN
+            across |= tl.where((reached >= 0) & (reached < WIDTH), 1 << i, 0)
+        for i in tl.static_range(KERNEL):
+            reached = pixel // WIDTH + (i - KERNEL // 2) * SIGN
+            there = valid & (reached >= 0) & (reached < HEIGHT)
+            inside |= tl.where(there, across << (i * KERNEL), 0)
         mask = ((inside[:, None] >> tap[None, :]) & 1) != 0
     column = tl.max_contiguous(tl.multiple_of(column + channel + FIRST, VECTOR), VECTOR)
     base = x + first * (HEIGHT * WIDTH * CHANNELS)
@@ -98,30 +116,37 @@ def _patches(
 
 @triton.jit
 def _gather(
-    scratch, first, sample, pixel, mask, column, rows, splits, PART: tl.constexpr,
+    scratch, first, sample, pixel, mask, column, rows, splits, PART: tl.constexpr, PAIR: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr, DENSE: tl.constexpr,
     SIGN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum over the taps of what the pixel that the tap reaches (SIGN 1), or by which this one is
-    reached (SIGN -1), has in scratch for it."""
+    reached (SIGN -1), has in scratch for it: of a column, and with PAIR of the one PART / 2 later."""
     TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
-    total = tl.zeros((TILE, BLOCK), ACC)
+    one, other = tl.zeros((TILE, BLOCK), ACC), tl.zeros((TILE, BLOCK), ACC)
     base = scratch + first * (HEIGHT * WIDTH * PART * (1 if DENSE else TAPS))
     for _ in range(splits):
         if DENSE:
             row = (sample * (HEIGHT * WIDTH) + pixel) * PART
-            total += tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
+            at = row[:, None] + column[None, :]
+            one += tl.load(base + at, mask=mask, other=0)
+            if PAIR:
+                other += tl.load(base + at + PART // 2, mask=mask, other=0)
         else:
-            for tap in tl.static_range(KERNEL * KERNEL):
-                dy = (tap // KERNEL - KERNEL // 2) * SIGN
-                dx = (tap % KERNEL - KERNEL // 2) * SIGN
-                there = sample * (HEIGHT * WIDTH) + pixel + (dy * WIDTH + dx)
-                row = there * (TAPS * PART) + tap * PART
-                inside = _inside(pixel, dy, dx, HEIGHT, WIDTH)
-                at = row[:, None] + column[None, :]
-                total += tl.load(base + at, mask=mask & inside[:, None], other=0)
+            # A loop over the rows of the kernel, whose taps are in flight together: unrolled, the
+            # masks of all nine take more scalar registers than AMD's chips have.
+            for down in range(KERNEL):
+                for right in tl.static_range(KERNEL):
+                    dy, dx = (down - KERNEL // 2) * SIGN, (right - KERNEL // 2) * SIGN
+                    there = sample * (HEIGHT * WIDTH) + pixel + (dy * WIDTH + dx)
+                    row = there * (TAPS * PART) + (down * KERNEL + right) * PART
+                    reached = mask & _inside(pixel, dy, dx, HEIGHT, WIDTH)[:, None]
+                    at = row[:, None] + column[None, :]
+                    one += tl.load(base + at, mask=reached, other=0)
+                    if PAIR:
+                        other += tl.load(base + at + PART // 2, mask=reached, other=0)
         base += rows.to(tl.int64) * (TAPS * PART)
-    return total
+    return one, other
 
 
 # --- the two products ----------------------------------------------------------------------------
@@ -255,12 +280,8 @@ def _raw_and_shift(
     DENSE: tl.constexpr, FACTOR: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    raw = _gather(
-        scratch, first, sample, pixel, mask, channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH, KERNEL,
-        DENSE, 1, TILE, BLOCK, ACC,
-    )  # fmt: skip
-    shift = _gather(
-        scratch, first, sample, pixel, mask, MOVED + channel, rows, splits, 2 * MOVED, HEIGHT, WIDTH,
+    raw, shift = _gather(
+        scratch, first, sample, pixel, mask, channel, rows, splits, 2 * MOVED, True, HEIGHT, WIDTH,
         KERNEL, DENSE, 1, TILE, BLOCK, ACC,
     )  # fmt: skip
     raw += _spread(b2, channel, live, ACC)
@@ -427,8 +448,8 @@ def _identity_backward(
             channel = k + (MOVED if FLIP else 0)
             at = row + channel[None, :]
             g = tl.load(grad_out + begin + at, mask=mask, other=0).to(ACC)
-            grad_a = _gather(
-                scratch, first, sample, pixel, mask, k, rows, splits, KEPT, HEIGHT, WIDTH, KERNEL,
+            grad_a, _ = _gather(
+                scratch, first, sample, pixel, mask, k, rows, splits, KEPT, False, HEIGHT, WIDTH, KERNEL,
                 DENSE, -1, TILE, BLOCK, ACC,
             )  # fmt: skip
             if not INVERSE:
@@ -636,116 +657,7 @@ def _weights_kernel(
             tl.store(sums + row, total_b)
 
 
-# --- plans: by shape alone, so that sums are the same on every machine ---------------------------
-
-_DENSE_PIXELS = 4
-_PROGRAMS = 512  # of the weights' gradients: a few for every multiprocessor of the largest chips
-_SCRATCH = 2**26  # elements at a time; a larger batch is mapped in parts
-
-
-class _Product(NamedTuple):
-    """How the hidden units are walked: `units` at a time, `chunks` one after another in a program,
-    `splits` programs side by side; and the blocks of the columns that come out."""
-
-    units: int
-    chunks: int
-    splits: int
-    columns: int
-    column_blocks: int
-
-
-class _Plan(NamedTuple):
-    """How a coupling is cut into tiles."""
-
-    channels: int
-    moved: int
-    height: int
-    width: int
-    size: int  # of the convolutions' kernels
-    dense: bool
-    hidden: int  # padded, and with `dense` of all pixels
-    inputs: int  # a block of the patches' columns
-    input_blocks: int
-    outputs: int
-    output_blocks: int
-    forward: _Product
-    backward: _Product
-    first_width: int  # of the rows of the first weights, transposed, with padding
-    second_width: int
-    tile: int
-    widest: int  # columns of a tile of the weights' gradients
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    @property
-    def kept(self) -> int:
-        return self.channels - self.moved
-
-    @property
-    def taps(self) -> int:
-        return self.pixels if self.dense else self.size**2
-
-    @property
-    def slots(self) -> int:
-        return triton.next_power_of_2(self.pixels)
-
-    def groups(self, samples: int, row_slots: int, tile: int) -> int:
-        return triton.cdiv(samples, max(1, tile // row_slots))
-
-
-def _blocks(length: int, widest: int, otherwise: int) -> tuple[int, int]:
-    """Size and number of the blocks that `length` columns are padded to: one, or some of another size."""
-    if length <= widest:
-        return max(16, triton.next_power_of_2(length)), 1
-    return otherwise, triton.cdiv(length, otherwise)
-
-
-def _product(length: int, hidden: int, dense: bool, narrow: bool) -> _Product:
-    columns, blocks = _blocks(length, *(256, 128) if narrow else (64, 64))
-    if blocks > 1:
-        units = min(128 if narrow else 32, hidden)
-        return _Product(units, 1, hidden // units, columns, blocks)
-    units = min(64 if narrow else 32, hidden)
-    # Of a small image there are few tiles: more programs come from the hidden units.
-    splits = max(1, hidden // 128) if dense else 1
-    return _Product(units, hidden // splits // units, splits, columns, 1)
-
-
-@functools.cache
-def _plan(
-    channels: int,
-    moved: int,
-    height: int,
-    width: int,
-    size: int,
-    hidden: int,
-    dtype: torch.dtype,
-) -> _Plan:
-    pixels, narrow = height * width, dtype.itemsize == 2
-    dense = pixels <= _DENSE_PIXELS
-    hidden *= pixels if dense else 1
-    hidden, chunks = _blocks(hidden, 128, 128)
-    hidden *= chunks
-    taps = pixels if dense else size**2
-    inputs, outputs = taps * (channels - moved), taps * 2 * moved
-    deep, widest = (32, 128) if narrow else (16, 64)  # columns of a block
-    return _Plan(
-        *(channels, moved, height, width, size, dense, hidden),
-        *(*_blocks(inputs, deep, deep), *_blocks(outputs, deep, deep)),
-        _product(outputs, hidden, dense, narrow),
-        _product(inputs, hidden, dense, narrow),
-        first_width=_padded_to(inputs),
-        second_width=_padded_to(outputs),
-        tile=64,
-        widest=widest,
-    )
-
-
-def _padded_to(length: int) -> int:
-    """A multiple of every block's size."""
-    return triton.cdiv(length, 128) * 128 if length > 128 else _blocks(length, 128, 128)[0]
+# --- constants ---
 
 
 def _vector(x: Tensor, *sizes: int) -> int:
@@ -755,7 +667,7 @@ def _vector(x: Tensor, *sizes: int) -> int:
     return min(n & -n, widest)
 
 
-def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
+def _constants(x: Tensor, plan: Plan, flip: bool) -> dict[str, Any]:
     moved, kept = plan.moved, plan.kept
     first = moved if flip else 0
     return {
@@ -778,10 +690,13 @@ def _constants(x: Tensor, plan: _Plan, flip: bool) -> dict[str, Any]:
         "num_stages": 2,
         # Without a limit ptxas now and then spills a few registers to come down to a round number.
         "maxnreg": 255,
+        # Float32 products as they are, which matrix cores there can do; and no patches fetched ahead,
+        # the masks of which take more scalar registers than there are.
+        "amd": {"PRECISION": "ieee", "num_stages": 1},
     }
 
 
-def _product_constants(product: _Product) -> dict[str, Any]:
+def _product_constants(product: Product) -> dict[str, Any]:
     return {
         "UNITS": product.units,
         "chunks": product.chunks,
@@ -802,86 +717,10 @@ def _form_constants(form: CouplingForm) -> dict[str, Any]:
     }
 
 
-# --- weights as matrices -------------------------------------------------------------------------
-
-
-def _halves(v: Tensor, form: CouplingForm) -> Tensor:
-    """Outputs of the second convolution (dimension 0), raw before shift."""
-    first, second = (v[0::2], v[1::2]) if form.interleaved else v.chunk(2)
-    return torch.cat((first, second) if form.leading == "scale" else (second, first))
-
-
-def _unhalved(v: Tensor, form: CouplingForm) -> Tensor:
-    """The inverse of `_halves`."""
-    raw, shift = v.chunk(2)
-    pair = (raw, shift) if form.leading == "scale" else (shift, raw)
-    return torch.stack(pair, dim=1).flatten(0, 1) if form.interleaved else torch.cat(pair)
-
-
-def _margins(plan: _Plan) -> tuple[int, int, int, int]:
-    """What widens a kernel to the (2h - 1, 2w - 1) offsets between two pixels."""
-    half = plan.size // 2
-    return (plan.width - 1 - half,) * 2 + (plan.height - 1 - half,) * 2
-
-
-def _dense(w: Tensor, plan: _Plan) -> Tensor:
-    """A convolution's (outputs, inputs, K, K) as (outputs, inputs, pixels out, pixels in)."""
-    windows = F.pad(w, _margins(plan)).unfold(2, plan.height, 1).unfold(3, plan.width, 1)
-    return windows.flip(2, 3).flatten(4).flatten(2, 3)
-
-
-def _undense(grad: Tensor, plan: _Plan) -> Tensor:
-    """The adjoint of `_dense`."""
-    h, w = plan.height, plan.width
-    windows = grad.unflatten(3, (h, w)).unflatten(2, (h, w)).flip(2, 3)
-    shape = (*grad.shape[:2], 2 * h - 1, 2 * w - 1)
-    rows = torch.ops.aten.unfold_backward(windows, (*shape[:2], h, 2 * w - 1, h), 3, w, 1)
-    padded = torch.ops.aten.unfold_backward(rows, shape, 2, h, 1)
-    return F.pad(padded, [-m for m in _margins(plan)])
-
-
-def _laid_out(
-    weight1: Tensor, bias1: Tensor, weight2: Tensor, form: CouplingForm, plan: _Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(patch of the input, hidden), (hidden,) and (hidden, patch of the output), without padding."""
-    weight2 = _halves(weight2, form)
-    if plan.dense:
-        w1 = _dense(weight1, plan).permute(3, 1, 2, 0)  # pixel in, input, pixel, hidden
-        w2 = _dense(weight2, plan).permute(3, 1, 2, 0)  # pixel, hidden, pixel out, output
-        b1 = bias1.repeat(plan.pixels)
-        return w1.flatten(0, 1).flatten(1), b1, w2.flatten(0, 1).flatten(1)
-    w1 = weight1.permute(2, 3, 1, 0).flatten(0, 2)
-    return w1, bias1, weight2.permute(1, 2, 3, 0).flatten(1)
-
-
-def _of_weight1(grad: Tensor, weight1: Tensor, plan: _Plan) -> Tensor:
-    """From (hidden, patch of the input)."""
-    hidden, inputs, size, _ = weight1.shape
-    if plan.dense:
-        n = plan.pixels
-        grad = grad[: n * hidden].unflatten(1, (n, inputs)).unflatten(0, (n, hidden))
-        return _undense(grad.permute(1, 3, 0, 2), plan).to(weight1.dtype).contiguous()
-    grad = grad[:hidden].view(hidden, size, size, inputs)
-    return grad.permute(0, 3, 1, 2).to(weight1.dtype).contiguous()
-
-
-def _of_weight2(grad: Tensor, weight2: Tensor, form: CouplingForm, plan: _Plan) -> Tensor:
-    """From (hidden, patch of the output)."""
-    outputs, hidden, size, _ = weight2.shape
-    if plan.dense:
-        n = plan.pixels
-        grad = grad[: n * hidden].unflatten(1, (n, outputs)).unflatten(0, (n, hidden))
-        grad = _undense(grad.permute(3, 1, 2, 0), plan)
-    else:
-        grad = grad[:hidden].view(hidden, size, size, outputs).permute(3, 0, 1, 2)
-    return _unhalved(grad, form).to(weight2.dtype).contiguous()
-
-
-def _padded(w: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return F.pad(w.to(dtype), (0, columns - w.shape[1], 0, rows - w.shape[0])).contiguous()
-
-
 # --- launchers -----------------------------------------------------------------------------------
+
+
+_Pair = tuple[Tensor | None, Tensor | None]
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -897,7 +736,7 @@ def _like(nhwc: Tensor, x: Tensor) -> Tensor:
 class _Operands(NamedTuple):
     """What all launches of one call share."""
 
-    plan: _Plan
+    plan: Plan
     constants: dict[str, Any]
     w1: Tensor  # (patch of the input, hidden)
     b1: Tensor
@@ -916,20 +755,20 @@ def _operands(
 ) -> _Operands:
     _, channels, height, width = x.shape
     outputs, hidden, size, _ = weight2.shape
-    plan = _plan(channels, outputs // 2, height, width, size, hidden, x.dtype)
+    plan = make_plan(channels, outputs // 2, height, width, size, hidden, x.dtype)
     acc = accumulate_dtype(x)
-    w1, b1, w2 = _laid_out(weight1, bias1, weight2, form, plan)
+    w1, b1, w2 = laid_out(weight1, bias1, weight2, form, plan)
     return _Operands(
         plan,
         _constants(x, plan, flip) | {"NORM_SHIFT_FIRST": form.norm_shift_first},
-        _padded(w1, plan.first_width, plan.hidden, x.dtype),
+        padded(w1, plan.first_width, plan.hidden, x.dtype),
         F.pad(b1.to(acc), (0, plan.hidden - b1.shape[0])),
-        _padded(w2, plan.hidden, plan.second_width, x.dtype),
-        _halves(bias2.to(acc), form),
+        padded(w2, plan.hidden, plan.second_width, x.dtype),
+        halves(bias2.to(acc), form),
     )
 
 
-def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]:
+def _coupling_constants(plan: Plan, part: int, inverse: bool) -> dict[str, Any]:
     block = min(triton.next_power_of_2(part), 32)
     return {"SLOTS": plan.slots, "BLOCK": block, "INVERSE": inverse}
 
@@ -937,38 +776,46 @@ def _coupling_constants(plan: _Plan, part: int, inverse: bool) -> dict[str, Any]
 _NO_GRADIENT = {"OUTPUTS": 16, "output_blocks": 1, "GRAD_VECTOR": 1}
 
 
-def _launch(kernel: Any, grid: int, *arguments: Any, **options: Any) -> None:
+def _launch(kernel: Any, grid: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Launch with those of the options that the kernel knows."""
-    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg", "amd"}
     launch(kernel, (grid,), *arguments, **{k: v for k, v in options.items() if k in known})
 
 
 def _launch_both(
     kernel: Any,
     operands: _Operands,
-    product: _Product,
+    product: Product,
     samples: int,
     products: tuple[Any, ...],
     arguments: tuple[Any, ...],
-    **options: Any,
+    constants: dict[str, Any],
 ) -> None:
     """Products and coupling: in one launch where a program has all hidden units of its images."""
     plan = operands.plan
     sizes = samples, samples * (1 if plan.dense else plan.pixels)
-    options = operands.constants | _product_constants(product) | options
+    options = operands.constants | _product_constants(product) | constants
     fused = product.splits == 1 and not plan.dense
     if not fused:
-        slots = 1 if plan.dense else plan.slots
-        grid = plan.groups(samples, slots, plan.tile) * product.splits
-        _launch(_products_kernel, grid, *products, *sizes, **(options | {"SLOTS": slots}))
+        grid = plan.groups(samples, plan.row_slots, plan.tile) * product.splits
+        _launch(_products_kernel, grid, (*products, *sizes), options | {"SLOTS": plan.row_slots})
     grid = plan.groups(samples, plan.slots, plan.tile)
-    _launch(kernel, grid, *arguments, *sizes, **options, FUSED=fused)
+    _launch(kernel, grid, (*arguments, *sizes), options | {"FUSED": fused})
 
 
-def _scratch(x: Tensor, plan: _Plan, product: _Product, part: int) -> Tensor:
-    """For each split, row and column of a product."""
-    length = x.shape[0] * plan.pixels * part * (1 if plan.dense else plan.taps)
-    return x.new_empty(product.splits, length, dtype=accumulate_dtype(x))
+def _slices(
+    x: Tensor, plan: Plan, product: Product, part: int
+) -> tuple[list[tuple[slice, slice]], Tensor]:
+    """Slices of the batch and of their groups' partial sums, and scratch memory for one at a time."""
+    acc = accumulate_dtype(x)
+    found = plan.slices(x.shape[0], product, part, _SCRATCH // acc.itemsize)
+    longest = found[0].stop if found else 0
+
+    def groups(samples: int) -> int:
+        return plan.groups(samples, plan.slots, plan.tile) * plan.tiles
+
+    pairs = [(s, slice(groups(s.start), groups(s.stop))) for s in found]
+    return pairs, x.new_empty(plan.scratch(longest, product, part), dtype=acc)
 
 
 def map(
@@ -986,20 +833,28 @@ def map(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     operands = _operands(x, weight1, bias1, weight2, bias2, form, flip)
-    plan, inputs, samples = operands.plan, _nhwc(x), x.shape[0]
-    out, total = torch.empty_like(inputs), x.new_empty(samples, dtype=accumulate_dtype(x))
-    scratch = _scratch(x, plan, plan.forward, 2 * plan.moved)
+    plan, nhwc = operands.plan, _nhwc(x)
+    out, total = torch.empty_like(nhwc), x.new_empty(x.shape[0], dtype=accumulate_dtype(x))
     weights = operands.w1, operands.b1
     norm, on_load = (log_scale, bias), (None, None) if inverse else (log_scale, bias)
-    _launch_both(
-        *(_map_kernel, operands, plan.forward, samples),
-        (inputs, *on_load, *weights, None, None, operands.w2, scratch),
-        (inputs, *norm, *weights, operands.w2, operands.b2, gain, log_det, scratch, out, total),
+    constants = {
         **_coupling_constants(plan, max(plan.moved, plan.kept), inverse),
         **_form_constants(form),
         **_NO_GRADIENT,
-        SECOND_WIDTH=plan.second_width,
-    )
+        "SECOND_WIDTH": plan.second_width,
+    }
+    slices, scratch = _slices(x, plan, plan.forward, 2 * plan.moved)
+    for here, _ in slices:
+        given, before = nhwc[here], None if log_det is None else log_det[here]
+        _launch_both(
+            *(_map_kernel, operands, plan.forward, given.shape[0]),
+            (given, *on_load, *weights, None, None, operands.w2, scratch),
+            (
+                *(given, *norm, *weights, operands.w2, operands.b2, gain, before, scratch),
+                *(out[here], total[here]),
+            ),
+            constants,
+        )
     return _like(out, x), total
 
 
@@ -1019,104 +874,159 @@ def gradients(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     operands = _operands(out, weight1, bias1, weight2, bias2, form, flip)
-    plan, w1, b1, w2, b2 = operands.plan, operands.w1, operands.b1, operands.w2, operands.b2
-    y, grad, samples = _nhwc(out), _nhwc(grad_out), out.shape[0]
-    acc = accumulate_dtype(out)
-    groups = plan.groups(samples, plan.slots, plan.tile) * triton.cdiv(plan.pixels, plan.tile)
+    plan, y, grad = operands.plan, _nhwc(out), _nhwc(grad_out)
     norm, on_load = (log_scale, bias), (log_scale, bias) if inverse else (None, None)
 
-    # The conditioner again, then the coupling backwards.
-    grad_in = torch.empty_like(y)
-    grad_params = y.new_empty(samples, plan.height, plan.width, 2 * plan.moved)
-    of_moved = y.new_empty(groups, 5, plan.moved, dtype=acc)
-    scratch = _scratch(out, plan, plan.forward, 2 * plan.moved)
-    _launch_both(
-        *(_couple_backward_kernel, operands, plan.forward, samples),
-        (y, *on_load, w1, b1, None, None, w2, scratch),
-        (
-            *(grad, grad_log_det, y, *norm, w1, b1, w2, b2, gain, scratch),
-            *(grad_in, grad_params, of_moved),
-        ),
-        **_coupling_constants(plan, plan.moved, inverse),
-        **_form_constants(form),
-        **_NO_GRADIENT,
-        SECOND_WIDTH=plan.second_width,
+    grad_in, grad_params, moved = _through_coupling(
+        operands, y, grad, grad_log_det, norm, on_load, gain, form, inverse
     )
-
-    # Through the conditioner, to the identity part.
-    w1t, w2t = w1.t().contiguous(), w2.t().contiguous()
-    outputs = {"OUTPUTS": plan.outputs, "output_blocks": plan.output_blocks}
-    outputs["GRAD_VECTOR"] = min(_vector(out, 2 * plan.moved), plan.outputs)
-    of_kept = y.new_empty(groups, 2, plan.kept, dtype=acc)
-    scratch = _scratch(out, plan, plan.backward, plan.kept)
-    _launch_both(
-        *(_identity_backward_kernel, operands, plan.backward, samples),
-        (y, *on_load, w1, b1, grad_params, w2t, w1t, scratch),
-        (grad, y, *norm, w1, b1, grad_params, w2t, w1t, scratch, grad_in, of_kept),
-        **_coupling_constants(plan, plan.kept, inverse),
-        **outputs,
-        SECOND_WIDTH=plan.first_width,
+    w1t, w2t = operands.w1.t().contiguous(), operands.w2.t().contiguous()
+    outputs = {
+        "OUTPUTS": plan.outputs,
+        "output_blocks": plan.output_blocks,
+        "GRAD_VECTOR": min(_vector(out, 2 * plan.moved), plan.outputs),
+    }
+    kept = _through_conditioner(
+        operands, y, grad, grad_params, norm, on_load, (w1t, w2t), grad_in, outputs, inverse
     )
-
-    first, sums = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, False)
-    second, _ = _weight_gradient(operands, y, on_load, grad_params, w1t, w2, outputs, True)
+    given = operands, y, on_load, grad_params, w1t, outputs
+    first, sums = _weight_gradient(*given, second=False)
+    second, _ = _weight_gradient(*given, second=True)
     assert sums is not None
     if plan.dense:
         sums = sums[: plan.pixels * bias1.shape[0]].view(plan.pixels, -1).sum(0)
-    moved, kept = of_moved.sum(0), of_kept.sum(0)
     grad_log_scale = grad_bias = None
     if log_scale is not None and bias is not None:
-        through_log_det = grad_log_det.to(acc).sum() * (-plan.pixels if inverse else plan.pixels)
+        through_log_det = grad_log_det.to(sums.dtype).sum()
+        through_log_det *= -plan.pixels if inverse else plan.pixels
         pair = [(moved[i], kept[i]) if flip else (kept[i], moved[i]) for i in range(2)]
         grad_log_scale = (torch.cat(pair[0]) + through_log_det).to(log_scale.dtype)
         grad_bias = torch.cat(pair[1]).to(bias.dtype)
     return (
         _like(grad_in, out),
-        _of_weight1(first, weight1, plan),
+        of_weight1(first, weight1, plan),
         sums[: bias1.shape[0]].to(bias1.dtype),
-        _of_weight2(second, weight2, form, plan),
-        _unhalved(moved[3:].flatten(), form).to(bias2.dtype),
+        of_weight2(second, weight2, form, plan),
+        unhalved(moved[3:].flatten(), form).to(bias2.dtype),
         grad_log_scale,
         grad_bias,
         None if gain is None else moved[2].to(gain.dtype),
     )
 
 
+def _through_coupling(
+    operands: _Operands,
+    y: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    norm: _Pair,
+    on_load: _Pair,
+    gain: Tensor | None,
+    form: CouplingForm,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The conditioner again, then the coupling backwards: the gradient of the input, of which the
+    identity part is still to be written; that of the conditioner's output, raw before shift; and
+    for each transformed channel the sums for log_scale, bias, gain and both halves of bias2."""
+    plan, samples = operands.plan, y.shape[0]
+    grad_in = torch.empty_like(y)
+    grad_params = y.new_empty(*y.shape[:3], 2 * plan.moved)
+    slices, scratch = _slices(y, plan, plan.forward, 2 * plan.moved)
+    groups = plan.groups(samples, plan.slots, plan.tile) * plan.tiles
+    sums = y.new_empty(groups, 5, plan.moved, dtype=scratch.dtype)
+    constants = {
+        **_coupling_constants(plan, plan.moved, inverse),
+        **_form_constants(form),
+        **_NO_GRADIENT,
+        "SECOND_WIDTH": plan.second_width,
+    }
+    weights = operands.w1, operands.b1
+    for here, its_groups in slices:
+        given = y[here]
+        _launch_both(
+            *(_couple_backward_kernel, operands, plan.forward, given.shape[0]),
+            (given, *on_load, *weights, None, None, operands.w2, scratch),
+            (
+                *(grad[here], grad_log_det[here], given, *norm, *weights, operands.w2, operands.b2),
+                *(gain, scratch, grad_in[here], grad_params[here], sums[its_groups]),
+            ),
+            constants,
+        )
+    return grad_in, grad_params, sums.sum(0)
+
+
+def _through_conditioner(
+    operands: _Operands,
+    y: Tensor,
+    grad: Tensor,
+    grad_params: Tensor,
+    norm: _Pair,
+    on_load: _Pair,
+    transposed: tuple[Tensor, Tensor],
+    grad_in: Tensor,
+    outputs: dict[str, Any],
+    inverse: bool,
+) -> Tensor:
+    """Writes the identity part of grad_in; of its channels the sums for log_scale and bias."""
+    plan, samples = operands.plan, y.shape[0]
+    slices, scratch = _slices(y, plan, plan.backward, plan.kept)
+    groups = plan.groups(samples, plan.slots, plan.tile) * plan.tiles
+    sums = y.new_empty(groups, 2, plan.kept, dtype=scratch.dtype)
+    w1t, w2t = transposed
+    constants = {
+        **_coupling_constants(plan, plan.kept, inverse),
+        **outputs,
+        "SECOND_WIDTH": plan.first_width,
+    }
+    weights = operands.w1, operands.b1
+    for here, its_groups in slices:
+        given, of_params = y[here], grad_params[here]
+        _launch_both(
+            *(_identity_backward_kernel, operands, plan.backward, given.shape[0]),
+            (given, *on_load, *weights, of_params, w2t, w1t, scratch),
+            (
+                *(grad[here], given, *norm, *weights, of_params, w2t, w1t, scratch),
+                *(grad_in[here], sums[its_groups]),
+            ),
+            constants,
+        )
+    return sums.sum(0)
+
+
 def _weight_gradient(
     operands: _Operands,
     y: Tensor,
-    norm: tuple[Tensor | None, Tensor | None],
+    norm: _Pair,
     grad_params: Tensor,
     w1t: Tensor,
-    w2: Tensor,
     outputs: dict[str, Any],
     second: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Of w2 (`second`), or of w1t and of the first bias; rows of hidden units."""
     plan, samples = operands.plan, y.shape[0]
     length = plan.taps * (2 * plan.moved if second else plan.kept)
-    columns, column_blocks = _blocks(length, plan.widest, plan.widest)
+    columns, column_blocks = blocks(length, plan.widest, plan.widest)
     units, tile = min(64, plan.hidden), 64 if y.element_size() == 2 else 32
-    blocks = plan.hidden // units * column_blocks
-    slots = 1 if plan.dense else plan.slots
-    tiles = plan.groups(samples, slots, tile)
+    programs = plan.hidden // units * column_blocks
+    tiles = plan.groups(samples, plan.row_slots, tile)
     tiles *= 1 if plan.dense else triton.cdiv(plan.pixels, tile)
-    iterations = max(1, triton.cdiv(tiles * blocks, _PROGRAMS))
+    iterations = max(1, triton.cdiv(tiles * programs, _PROGRAMS))
     parts = triton.cdiv(tiles, iterations)
     acc = accumulate_dtype(y)
     partials = y.new_empty(parts, plan.hidden, length, dtype=acc)
     sums = None if second else y.new_empty(parts, plan.hidden, dtype=acc)
-    options = operands.constants | outputs | {"TILE": tile}
-    launch(
-        *(_weights_kernel, (parts * blocks,)),
-        *(y, *norm, w1t, operands.b1, grad_params, w2, partials, sums, samples, iterations),
-        **options,
-        UNITS=units,
-        COLUMNS=columns,
-        COLUMN_BLOCKS=column_blocks,
-        FIRST_WIDTH=plan.first_width,
-        SECOND_WIDTH=plan.second_width,
-        SLOTS=slots,
-        SECOND=second,
-    )
+    options = {
+        **operands.constants,
+        **outputs,
+        "TILE": tile,
+        "UNITS": units,
+        "COLUMNS": columns,
+        "COLUMN_BLOCKS": column_blocks,
+        "FIRST_WIDTH": plan.first_width,
+        "SECOND_WIDTH": plan.second_width,
+        "SLOTS": plan.row_slots,
+        "SECOND": second,
+    }
+    arguments = y, *norm, w1t, operands.b1, grad_params, operands.w2, partials, sums
+    _launch(_weights_kernel, parts * programs, (*arguments, samples, iterations), options)
     return partials.sum(0), None if sums is None else sums.sum(0)
