@@ -57,8 +57,8 @@ def _launches(
     for hidden in _HIDDEN.get(shape, ()):
         for inverse in inverses:
             for launch in _recorded(shape, dtype, hidden, inverse):
-                row = hidden if launch.options.get("FUSED", True) else shape[0] // 2
-                yield launch, dtype.itemsize * row
+                by_weights = launch.options.get("FUSED", "KERNEL" in launch.options)
+                yield launch, dtype.itemsize * (hidden if by_weights else shape[0] // 2)
 
 
 def _recorded(

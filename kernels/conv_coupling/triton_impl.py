@@ -25,7 +25,7 @@ from torch import Tensor
 from .._triton import launch
 from ..actnorm_coupling.form import CouplingForm
 from ..actnorm_coupling.reference import accumulate_dtype
-from ..actnorm_coupling.triton_impl import _affine, _affine_backward, _spread, _squash
+from ..actnorm_coupling.triton_impl import _affine, _affine_backward, _spread, _squash, identity
 from .layout import (
     Plan,
     Product,
@@ -46,7 +46,17 @@ _PROGRAMS = 512  # of the weights' gradients: a few for every multiprocessor of 
 
 # Not compiled in: so that few kernels serve all batches and hidden layers, and that loops over blocks
 # stay loops, which unrolled take more registers than there are.
-_SIZES = ("samples", "rows", "iterations", "chunks", "splits", "input_blocks", "output_blocks")
+_SIZES = (
+    "samples",
+    "rows",
+    "iterations",
+    "chunks",
+    "splits",
+    "input_blocks",
+    "output_blocks",
+    "pitch",
+    "begin",
+)
 
 
 # --- tiles of rows -------------------------------------------------------------------------------
@@ -73,25 +83,27 @@ def _inside(pixel, dy, dx, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _patches(
-    x, log_scale, bias, first, sample, pixel, valid, block, FIRST: tl.constexpr, PART: tl.constexpr,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
+    x, pitch, begin, log_scale, bias, first, sample, pixel, valid, block, PART: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
     DENSE: tl.constexpr, SIGN: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Columns block * BLOCK, ... of each row's patch: for every tap, PART channels from FIRST on, of
-    the pixel that the tap reaches (SIGN 1), or by which the row is reached (SIGN -1)."""
+    """Columns block * BLOCK, ... of each row's patch: for every tap, PART channels of the pixel that
+    the tap reaches (SIGN 1), or by which the row is reached (SIGN -1). A pixel has pitch * VECTOR
+    channels, and the first that counts is begin * VECTOR."""
+    channels, before = pitch * VECTOR, begin * VECTOR
     TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     k = block * BLOCK + tl.arange(0, BLOCK)
     live = k < TAPS * PART
     tap, channel = tl.max_constancy(k // PART, VECTOR), k % PART
     if DENSE:
-        row = sample * (HEIGHT * WIDTH * CHANNELS)
-        column = tap * CHANNELS
+        row = sample * (HEIGHT * WIDTH * channels)
+        column = tap * channels
         mask = valid[:, None] & live[None, :]
     else:
-        row = (sample * (HEIGHT * WIDTH) + pixel) * CHANNELS
+        row = (sample * (HEIGHT * WIDTH) + pixel) * channels
         dy, dx = (tap // KERNEL - KERNEL // 2) * SIGN, (tap % KERNEL - KERNEL // 2) * SIGN
-        column = (dy * WIDTH + dx) * CHANNELS
+        column = (dy * WIDTH + dx) * channels
         # A bit for each tap: one test for each element instead of six. There are no bits for the
         # columns of padding, whose taps are 9 and above, but below 32.
         across, inside = tl.zeros_like(pixel), tl.zeros_like(pixel)
@@ -103,12 +115,12 @@ def _patches(
             there = valid & (reached >= 0) & (reached < HEIGHT)
             inside |= tl.where(there, across << (i * KERNEL), 0)
         mask = ((inside[:, None] >> tap[None, :]) & 1) != 0
-    column = tl.max_contiguous(tl.multiple_of(column + channel + FIRST, VECTOR), VECTOR)
-    base = x + first * (HEIGHT * WIDTH * CHANNELS)
+    column = tl.max_contiguous(tl.multiple_of(column + channel + before, VECTOR), VECTOR)
+    base = x + first * (HEIGHT * WIDTH * channels)
     v = tl.load(base + (row[:, None] + column[None, :]), mask=mask, other=0)
     if log_scale is not None:
-        lam = _spread(log_scale, FIRST + channel, live, ACC)
-        b = _spread(bias, FIRST + channel, live, ACC)
+        lam = _spread(log_scale, before + channel, live, ACC)
+        b = _spread(bias, before + channel, live, ACC)
         u = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST)
         v = tl.where(mask, u, 0.0).to(x.dtype.element_ty)
     return v
@@ -161,9 +173,9 @@ def _weights(w, row, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _chunk(
-    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+    a, x, pitch, begin, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    KERNEL: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
     INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
     output_blocks, TILE: tl.constexpr, VECTOR: tl.constexpr,
@@ -171,7 +183,6 @@ def _chunk(
 ):  # fmt: skip
     """UNITS hidden units from j on, or with `grad` the gradients before their ReLU. `a` and `g` are
     the patches, where they are one block."""
-    FIRST: tl.constexpr = MOVED if FLIP else 0
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     pre = tl.zeros((TILE, UNITS), ACC)
     if INPUTS >= PATCH * (CHANNELS - MOVED):
@@ -180,8 +191,8 @@ def _chunk(
     else:
         for block in range(input_blocks):
             more = _patches(
-                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
-                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+                x, pitch, begin, log_scale, bias, first, sample, pixel, valid, block, CHANNELS - MOVED,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
             )  # fmt: skip
             w = _weights(w1, block * INPUTS, j, hidden, INPUTS, UNITS)
             pre = tl.dot(more, w, pre, input_precision=PRECISION, out_dtype=ACC)
@@ -196,8 +207,8 @@ def _chunk(
         else:
             for block in range(output_blocks):
                 grads = _patches(
-                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
-                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                    grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, block,
+                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
                 v = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
                 up = tl.dot(grads, v, up, input_precision=PRECISION, out_dtype=ACC)
@@ -207,9 +218,9 @@ def _chunk(
 
 @triton.jit
 def _products(
-    x, log_scale, bias, w1, b1, grad, w2t, second, scratch, group, split, samples, rows,
+    x, pitch, begin, log_scale, bias, w1, b1, grad, w2t, second, scratch, group, split, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    KERNEL: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
     chunks, INPUTS: tl.constexpr, input_blocks,
     OUTPUTS: tl.constexpr, output_blocks, COLUMNS: tl.constexpr,
@@ -221,7 +232,6 @@ def _products(
     conditioner's output (`second` is its second weights), or with `grad` of the gradient of its input
     (`second` is its first weights, transposed). Either all columns are summed in registers over the
     chunks, or there is one chunk, and blocks of columns are made one after another."""
-    FIRST: tl.constexpr = MOVED if FLIP else 0
     PIXELS: tl.constexpr = 1 if DENSE else HEIGHT * WIDTH
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     LENGTH: tl.constexpr = PATCH * (2 * MOVED if grad is None else CHANNELS - MOVED)
@@ -230,13 +240,13 @@ def _products(
         a, g = None, None
         if INPUTS >= PATCH * (CHANNELS - MOVED):
             a = _patches(
-                x, log_scale, bias, first, sample, pixel, valid, 0, FIRST, CHANNELS - MOVED,
-                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+                x, pitch, begin, log_scale, bias, first, sample, pixel, valid, 0, CHANNELS - MOVED,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
             )  # fmt: skip
         if grad is not None:
             if OUTPUTS >= PATCH * 2 * MOVED:
                 g = _patches(
-                    grad, None, None, first, sample, pixel, valid, 0, 0, 2 * MOVED, 2 * MOVED,
+                    grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, 0, 2 * MOVED,
                     HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
         to = scratch + (split.to(tl.int64) * rows + first * PIXELS) * LENGTH
@@ -247,8 +257,8 @@ def _products(
             for chunk in range(chunks):
                 j = (split * chunks + chunk) * UNITS
                 h = _chunk(
-                    a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
-                    CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
+                    a, x, pitch, begin, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+                    CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, DENSE, NORM_SHIFT_FIRST,
                     hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE,
                     VECTOR, GRAD_VECTOR, PRECISION, ACC,
                 )  # fmt: skip
@@ -258,8 +268,8 @@ def _products(
         else:
             j = split * UNITS
             h = _chunk(
-                a, x, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
-                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST,
+                a, x, pitch, begin, log_scale, bias, w1, b1, g, grad, w2t, first, sample, pixel, valid, j,
+                CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, DENSE, NORM_SHIFT_FIRST,
                 hidden, UNITS, INPUTS, input_blocks, OUTPUTS, output_blocks, TILE, VECTOR,
                 GRAD_VECTOR, PRECISION, ACC,
             )  # fmt: skip
@@ -470,9 +480,9 @@ def _identity_backward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _products_kernel(
-    x, log_scale, bias, w1, b1, grad, w2t, second, scratch, samples, rows,
+    x, pitch, begin, log_scale, bias, w1, b1, grad, w2t, second, scratch, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
+    KERNEL: tl.constexpr, DENSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr, chunks, splits,
     INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
     output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
@@ -481,8 +491,8 @@ def _products_kernel(
 ):  # fmt: skip
     """The products alone, where the hidden units of an image are split among programs."""
     _products(
-        x, log_scale, bias, w1, b1, grad, w2t, second, scratch, tl.program_id(0) // splits,
-        tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL, FLIP,
+        x, pitch, begin, log_scale, bias, w1, b1, grad, w2t, second, scratch, tl.program_id(0) // splits,
+        tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED, HEIGHT, WIDTH, KERNEL,
         DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS, input_blocks, OUTPUTS,
         output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR, GRAD_VECTOR,
         PRECISION, ACC,
@@ -506,9 +516,10 @@ def _map_kernel(
     group = tl.program_id(0)
     if FUSED:
         _products(
-            x, None if INVERSE else log_scale, None if INVERSE else bias, w1, b1,
-            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
-            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            x, CHANNELS // VECTOR, (MOVED if FLIP else 0) // VECTOR,
+            None if INVERSE else log_scale, None if INVERSE else bias, w1, b1, None, None, w2, scratch,
+            group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
             input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             1, PRECISION, ACC,
         )  # fmt: skip
@@ -522,8 +533,8 @@ def _map_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _couple_backward_kernel(
-    grad_out, grad_log_det, out, log_scale, bias, w1, b1, w2, b2, gain, scratch, grad_in,
-    grad_params, partials, samples, rows,
+    grad_out, grad_log_det, out, log_scale, bias, a, pitch, begin, w1, b1, w2, b2, gain, scratch,
+    grad_in, grad_params, partials, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
@@ -534,13 +545,13 @@ def _couple_backward_kernel(
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """The conditioner again (FUSED), from the output's identity part, then the coupling backwards."""
+    """The conditioner again (FUSED), from its input a, then the coupling backwards."""
     group = tl.program_id(0)
     if FUSED:
         _products(
-            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
-            None, None, w2, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
-            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            a, pitch, begin, None, None, w1, b1, None, None, w2, scratch,
+            group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
             input_blocks, 16, 1, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             1, PRECISION, ACC,
         )  # fmt: skip
@@ -555,8 +566,8 @@ def _couple_backward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _identity_backward_kernel(
-    grad_out, out, log_scale, bias, w1, b1, grad_params, w2t, w1t, scratch, grad_in, partials,
-    samples, rows,
+    grad_out, out, log_scale, bias, a, pitch, begin, w1, b1, grad_params, w2t, w1t, scratch, grad_in,
+    partials, samples, rows,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr, INVERSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
@@ -570,9 +581,9 @@ def _identity_backward_kernel(
     group = tl.program_id(0)
     if FUSED:
         _products(
-            out, log_scale if INVERSE else None, bias if INVERSE else None, w1, b1,
-            grad_params, w2t, w1t, scratch, group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
-            HEIGHT, WIDTH, KERNEL, FLIP, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
+            a, pitch, begin, None, None, w1, b1, grad_params, w2t, w1t, scratch,
+            group, tl.program_id(0) % splits, samples, rows, CHANNELS, MOVED,
+            HEIGHT, WIDTH, KERNEL, DENSE, NORM_SHIFT_FIRST, hidden, UNITS, chunks, INPUTS,
             input_blocks, OUTPUTS, output_blocks, COLUMNS, COLUMN_BLOCKS, SECOND_WIDTH, SLOTS, TILE, VECTOR,
             GRAD_VECTOR, PRECISION, ACC,
         )  # fmt: skip
@@ -586,10 +597,10 @@ def _identity_backward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weights_kernel(
-    x, log_scale, bias, w1t, b1, grad, w2, partials, sums, samples, iterations,
+    x, pitch, begin, w1t, b1, grad, w2, partials, sums, samples, iterations,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, DENSE: tl.constexpr,
-    NORM_SHIFT_FIRST: tl.constexpr, hidden, UNITS: tl.constexpr,
+    KERNEL: tl.constexpr, DENSE: tl.constexpr,
+    hidden, UNITS: tl.constexpr,
     INPUTS: tl.constexpr, input_blocks, OUTPUTS: tl.constexpr,
     output_blocks, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     FIRST_WIDTH: tl.constexpr, SECOND_WIDTH: tl.constexpr,
@@ -598,7 +609,6 @@ def _weights_kernel(
 ):  # fmt: skip
     """Gradients of UNITS rows and COLUMNS columns of w1t (with `sums`, of the first bias) or, SECOND, of
     w2, from `iterations` tiles of pixels; with the hidden units as rows, as the products want it."""
-    FIRST: tl.constexpr = MOVED if FLIP else 0
     PIXELS: tl.constexpr = 1 if DENSE else HEIGHT * WIDTH
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
@@ -619,8 +629,8 @@ def _weights_kernel(
         pre = tl.zeros((UNITS, TILE), ACC)
         for block in range(input_blocks):
             a = _patches(
-                x, log_scale, bias, first, sample, pixel, valid, block, FIRST, CHANNELS - MOVED,
-                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+                x, pitch, begin, None, None, first, sample, pixel, valid, block, CHANNELS - MOVED,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, INPUTS, VECTOR, ACC,
             )  # fmt: skip
             w = _weights(w1t, j, block * INPUTS, FIRST_WIDTH, UNITS, INPUTS)
             pre = tl.dot(w, tl.trans(a), pre, input_precision=PRECISION, out_dtype=ACC)
@@ -628,23 +638,23 @@ def _weights_kernel(
         if SECOND:
             value = tl.maximum(pre, 0.0)
             other = _patches(
-                grad, None, None, first, sample, pixel, valid, column_block, 0, 2 * MOVED, 2 * MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, ACC,
+                grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, column_block,
+                2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, ACC,
             )  # fmt: skip
         else:
             up = tl.zeros((UNITS, TILE), ACC)
             for block in range(output_blocks):
                 g = _patches(
-                    grad, None, None, first, sample, pixel, valid, block, 0, 2 * MOVED, 2 * MOVED,
-                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                    grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, block,
+                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
                 )  # fmt: skip
                 v = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
                 up = tl.dot(v, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
             value = tl.where(pre > 0, up, 0.0)
             total_b += tl.sum(value, axis=1)
             other = _patches(
-                x, log_scale, bias, first, sample, pixel, valid, column_block, FIRST, CHANNELS - MOVED,
-                CHANNELS, HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, COLUMNS, VECTOR, ACC,
+                x, pitch, begin, None, None, first, sample, pixel, valid, column_block, CHANNELS - MOVED,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, COLUMNS, VECTOR, ACC,
             )  # fmt: skip
         value = value.to(x.dtype.element_ty)
         total = tl.dot(value, other, total, input_precision=PRECISION, out_dtype=ACC)
@@ -743,6 +753,18 @@ class _Operands(NamedTuple):
     w2: Tensor  # (hidden, patch of the output)
     b2: Tensor
 
+    def place(self, channels: int, flip: bool) -> tuple[int, int]:
+        """Where a pixel of so many channels has the identity part: `_patches`' pitch and begin."""
+        vector = self.constants["VECTOR"]
+        return channels // vector, (self.plan.moved if flip else 0) // vector
+
+
+class _Input(NamedTuple):
+    """The conditioner's input."""
+
+    pixels: Tensor  # (B, h, w, channels)
+    place: tuple[int, int]
+
 
 def _operands(
     x: Tensor,
@@ -835,7 +857,7 @@ def map(
     operands = _operands(x, weight1, bias1, weight2, bias2, form, flip)
     plan, nhwc = operands.plan, _nhwc(x)
     out, total = torch.empty_like(nhwc), x.new_empty(x.shape[0], dtype=accumulate_dtype(x))
-    weights = operands.w1, operands.b1
+    weights, place = (operands.w1, operands.b1), operands.place(plan.channels, flip)
     norm, on_load = (log_scale, bias), (None, None) if inverse else (log_scale, bias)
     constants = {
         **_coupling_constants(plan, max(plan.moved, plan.kept), inverse),
@@ -848,7 +870,7 @@ def map(
         given, before = nhwc[here], None if log_det is None else log_det[here]
         _launch_both(
             *(_map_kernel, operands, plan.forward, given.shape[0]),
-            (given, *on_load, *weights, None, None, operands.w2, scratch),
+            (given, *place, *on_load, *weights, None, None, operands.w2, scratch),
             (
                 *(given, *norm, *weights, operands.w2, operands.b2, gain, before, scratch),
                 *(out[here], total[here]),
@@ -875,10 +897,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     operands = _operands(out, weight1, bias1, weight2, bias2, form, flip)
     plan, y, grad = operands.plan, _nhwc(out), _nhwc(grad_out)
-    norm, on_load = (log_scale, bias), (log_scale, bias) if inverse else (None, None)
-
+    norm = log_scale, bias
+    a = _conditioner_input(operands, out, y, norm, form, flip, inverse)
     grad_in, grad_params, moved = _through_coupling(
-        operands, y, grad, grad_log_det, norm, on_load, gain, form, inverse
+        operands, y, grad, grad_log_det, norm, a, gain, form, inverse
     )
     w1t, w2t = operands.w1.t().contiguous(), operands.w2.t().contiguous()
     outputs = {
@@ -887,9 +909,9 @@ def gradients(
         "GRAD_VECTOR": min(_vector(out, 2 * plan.moved), plan.outputs),
     }
     kept = _through_conditioner(
-        operands, y, grad, grad_params, norm, on_load, (w1t, w2t), grad_in, outputs, inverse
+        operands, y, grad, grad_params, norm, a, (w1t, w2t), grad_in, outputs, inverse
     )
-    given = operands, y, on_load, grad_params, w1t, outputs
+    given = operands, a, grad_params, w1t, outputs
     first, sums = _weight_gradient(*given, second=False)
     second, _ = _weight_gradient(*given, second=True)
     assert sums is not None
@@ -914,13 +936,30 @@ def gradients(
     )
 
 
+def _conditioner_input(
+    operands: _Operands,
+    out: Tensor,
+    y: Tensor,
+    norm: _Pair,
+    form: CouplingForm,
+    flip: bool,
+    inverse: bool,
+) -> _Input:
+    """From the output: its identity part as it is in the forward, after actnorm in the inverse."""
+    plan, (log_scale, bias) = operands.plan, norm
+    if not inverse or log_scale is None or bias is None:
+        return _Input(y, operands.place(plan.channels, flip))
+    a = identity(out, log_scale, bias, None, plan.moved, form, flip)
+    return _Input(_nhwc(a), operands.place(plan.kept, False))
+
+
 def _through_coupling(
     operands: _Operands,
     y: Tensor,
     grad: Tensor,
     grad_log_det: Tensor,
     norm: _Pair,
-    on_load: _Pair,
+    a: _Input,
     gain: Tensor | None,
     form: CouplingForm,
     inverse: bool,
@@ -942,13 +981,14 @@ def _through_coupling(
     }
     weights = operands.w1, operands.b1
     for here, its_groups in slices:
-        given = y[here]
+        given, its_input = y[here], (a.pixels[here], *a.place)
         _launch_both(
             *(_couple_backward_kernel, operands, plan.forward, given.shape[0]),
-            (given, *on_load, *weights, None, None, operands.w2, scratch),
+            (*its_input, None, None, *weights, None, None, operands.w2, scratch),
             (
-                *(grad[here], grad_log_det[here], given, *norm, *weights, operands.w2, operands.b2),
-                *(gain, scratch, grad_in[here], grad_params[here], sums[its_groups]),
+                *(grad[here], grad_log_det[here], given, *norm, *its_input, *weights),
+                *(operands.w2, operands.b2, gain, scratch),
+                *(grad_in[here], grad_params[here], sums[its_groups]),
             ),
             constants,
         )
@@ -961,7 +1001,7 @@ def _through_conditioner(
     grad: Tensor,
     grad_params: Tensor,
     norm: _Pair,
-    on_load: _Pair,
+    a: _Input,
     transposed: tuple[Tensor, Tensor],
     grad_in: Tensor,
     outputs: dict[str, Any],
@@ -980,12 +1020,12 @@ def _through_conditioner(
     }
     weights = operands.w1, operands.b1
     for here, its_groups in slices:
-        given, of_params = y[here], grad_params[here]
+        given, its_input, of_params = y[here], (a.pixels[here], *a.place), grad_params[here]
         _launch_both(
             *(_identity_backward_kernel, operands, plan.backward, given.shape[0]),
-            (given, *on_load, *weights, of_params, w2t, w1t, scratch),
+            (*its_input, None, None, *weights, of_params, w2t, w1t, scratch),
             (
-                *(grad[here], given, *norm, *weights, of_params, w2t, w1t, scratch),
+                *(grad[here], given, *norm, *its_input, *weights, of_params, w2t, w1t, scratch),
                 *(grad_in[here], sums[its_groups]),
             ),
             constants,
@@ -995,15 +1035,15 @@ def _through_conditioner(
 
 def _weight_gradient(
     operands: _Operands,
-    y: Tensor,
-    norm: _Pair,
+    a: _Input,
     grad_params: Tensor,
     w1t: Tensor,
     outputs: dict[str, Any],
     second: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Of w2 (`second`), or of w1t and of the first bias; rows of hidden units."""
-    plan, samples = operands.plan, y.shape[0]
+    plan, y = operands.plan, a.pixels
+    samples = y.shape[0]
     length = plan.taps * (2 * plan.moved if second else plan.kept)
     columns, column_blocks = blocks(length, plan.widest, plan.widest)
     units, tile = min(64, plan.hidden), 64 if y.element_size() == 2 else 32
@@ -1027,6 +1067,6 @@ def _weight_gradient(
         "SLOTS": plan.row_slots,
         "SECOND": second,
     }
-    arguments = y, *norm, w1t, operands.b1, grad_params, operands.w2, partials, sums
+    arguments = y, *a.place, w1t, operands.b1, grad_params, operands.w2, partials, sums
     _launch(_weights_kernel, parts * programs, (*arguments, samples, iterations), options)
     return partials.sum(0), None if sums is None else sums.sum(0)
