@@ -2,9 +2,10 @@
 
 Every function takes and returns whole tensors and works on any device and floating type. Arithmetic is
 float64 for float64 x and float32 for all others; results have the type and the memory format of the
-tensor they belong to. The conditioner's input is rounded to the type of x, as the output's identity
-part is. The backward knows only the output: the conditioner's input is in it, and the conditioner
-is run again. Symbols and derivation: README.md.
+tensor they belong to. Of 16-bit x the operands of the convolutions are rounded to its type: the input, as
+the output's identity part is, weights, hidden units and, in the backward, the gradients of both
+convolutions' outputs. Their sums are not. The backward knows only the output: the conditioner's input is
+in it, and the conditioner is run again. Symbols and derivation: README.md.
 
 Operands that may be absent: `log_scale` with `bias` (no actnorm), `gain` (1), `log_det` (0).
 """
@@ -38,13 +39,19 @@ def _conditioner_input(
     return coupling.identity(x, log_scale, bias, None, moved, form, flip)
 
 
-def _hidden(a: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
-    w, b = _wide(weight1, a), _wide(bias1, a)
-    return F.conv2d(_wide(a, a), w, b, padding=w.shape[2] // 2).relu()
+def _rounded(v: Tensor, x: Tensor) -> Tensor:
+    """With the digits of x's type, in the type of the arithmetic."""
+    return _wide(v.to(x.dtype), x)
 
 
-def _params(h: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    return F.conv2d(h, weight2.to(h.dtype), bias2.to(h.dtype), padding=weight2.shape[2] // 2)
+def _before_relu(a: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
+    weight1 = _rounded(weight1, a)
+    return F.conv2d(_wide(a, a), weight1, _wide(bias1, a), padding=weight1.shape[2] // 2)
+
+
+def _params(h: Tensor, a: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    weight2 = _rounded(weight2, a)
+    return F.conv2d(h, weight2, _wide(bias2, a), padding=weight2.shape[2] // 2)
 
 
 def map(
@@ -64,7 +71,8 @@ def map(
     """Output of the chosen direction and the accumulated log-det."""
     norm = (None, None) if inverse else (log_scale, bias)
     a = _conditioner_input(x, weight2.shape[0] // 2, *norm, form, flip)
-    params = _params(_hidden(a, weight1, bias1), weight2, bias2)
+    h = _rounded(_before_relu(a, weight1, bias1).relu(), a)
+    params = _params(h, a, weight2, bias2)
     return coupling.map(x, params, log_scale, bias, gain, log_det, None, form, flip, inverse)
 
 
@@ -87,8 +95,9 @@ def gradients(
     moved, pad = weight2.shape[0] // 2, weight1.shape[2] // 2
     norm = (log_scale, bias) if inverse else (None, None)
     a = _conditioner_input(out, moved, *norm, form, flip)
-    h = _hidden(a, weight1, bias1)
-    params = _params(h, weight2, bias2)
+    before_relu = _before_relu(a, weight1, bias1)
+    h = _rounded(before_relu.relu(), a)
+    params = _params(h, a, weight2, bias2)
     grad_x, grad_params, grad_log_scale, grad_bias, grad_gain = coupling.gradients(
         _wide(grad_out, out),
         grad_log_det,
@@ -97,11 +106,13 @@ def gradients(
     )
     assert grad_params is not None
 
-    w1, w2 = _wide(weight1, out), _wide(weight2, out)
-    grad_h = conv2d_input(h.shape, w2, grad_params, padding=pad) * (h > 0)
-    grad_a = conv2d_input(a.shape, w1, grad_h, padding=pad)
-    grad_weight1 = conv2d_weight(_wide(a, out), w1.shape, grad_h, padding=pad)
-    grad_weight2 = conv2d_weight(h, w2.shape, grad_params, padding=pad)
+    w1, w2 = _rounded(weight1, out), _rounded(weight2, out)
+    rounded = _rounded(grad_params, out)
+    grad_h = conv2d_input(h.shape, w2, rounded, padding=pad) * (before_relu > 0)
+    grad_weight2 = conv2d_weight(h, w2.shape, rounded, padding=pad)
+    rounded = _rounded(grad_h, out)
+    grad_a = conv2d_input(a.shape, w1, rounded, padding=pad)
+    grad_weight1 = conv2d_weight(_wide(a, out), w1.shape, rounded, padding=pad)
 
     # The conditioner's input is actnorm's output in the forward, and the given y in the inverse.
     if not inverse and log_scale is not None and bias is not None:

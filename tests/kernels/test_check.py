@@ -114,6 +114,35 @@ def test_bad_kernels_are_found_on_both_makers_chips(tmp_path: Path):
     assert not any("tensor cores 0 " in line for line in products)
 
 
+def test_a_gate_may_compile_less_for_other_chips_unless_all_is_asked_for(tmp_path: Path):
+    """Of two good kernels here the second is left out elsewhere than on sm_90."""
+    good = (
+        BAD[: BAD.index("def launches")]
+        + """
+def launches(shape, dtype, sizes=(1024, 2048)):
+    x = torch.empty(1 << 16, dtype=dtype, device="meta")
+    with recording() as made:
+        for n in sizes:
+            launch(contiguous, (1,), x, x, N=n, num_warps=4)
+    return [(launch, 1024) for launch in made]
+
+
+def launches_elsewhere(shape, dtype):
+    return launches(shape, dtype, (1024,))
+"""
+    )
+    good = good.replace("def strided", "def contiguous").replace("x + 2 * i", "x + i")
+    (tmp_path / "bad.py").write_text(good)
+    script = f"if __name__ == '__main__':{BAD_OP}".replace("\n", "\n    ")
+    for option, counts in ("", {"sm_90": 2, "gfx942": 1}), ('"--all", ', {"sm_90": 2, "gfx942": 2}):
+        (tmp_path / "go.py").write_text(script.replace('"--ops"', f'{option}"--ops"'))
+        done = run(str(tmp_path / "go.py"), PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        *lines, last = done.stdout.splitlines()
+        assert {chip: sum(x.startswith(chip) for x in lines) for chip in counts} == counts
+        assert ("of bad all for sm_90 and a part for other chips" in last) == (not option)
+
+
 def nvidia(monkeypatch, ptx, stack=0, spills="", shared=0, vectors=True, type_="*fp32", ttir=""):
     monkeypatch.setattr(check, "_nvidia_resources", lambda cubin: (32, stack, spills))
     task = check.Task("op", "m", "k", "80", (("x", type_),), (), (), (), vectors)
