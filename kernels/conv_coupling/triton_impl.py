@@ -813,14 +813,18 @@ def _launch_both(
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Products and coupling: in one launch where a program has all hidden units of its images."""
+    """Products and coupling: in one launch where a program has all hidden units and all columns of its
+    images in registers. Elsewhere images are so small that there are too few programs for that."""
     plan = operands.plan
     sizes = samples, samples * (1 if plan.dense else plan.pixels)
     options = operands.constants | _product_constants(product) | constants
-    fused = product.splits == 1 and not plan.dense
+    fused = product.splits == product.column_blocks == 1 and not plan.dense
     if not fused:
         grid = plan.groups(samples, plan.row_slots, plan.tile) * product.splits
         _launch(_products_kernel, grid, (*products, *sizes), options | {"SLOTS": plan.row_slots})
+        # The coupling alone: as many threads as have 16 bytes of a tile each.
+        tile = plan.tile * constants["BLOCK"] * products[0].element_size()
+        options["num_warps"] = min(options["num_warps"], max(1, tile // (32 * 16)))
     grid = plan.groups(samples, plan.slots, plan.tile)
     _launch(kernel, grid, (*arguments, *sizes), options | {"FUSED": fused})
 

