@@ -198,7 +198,9 @@ def test_the_specification_is_two_convolutions_and_the_coupling(direction, flip)
 )
 def test_gradients_match_finite_differences(implementation, device, direction, shape, flip):
     tensors = operands(*shape, device=device)
-    once = implementation == "triton"  # along one random direction
+    once = implementation == "triton"  # along one random direction, of x and both weights
+    if once:
+        tensors = [t if i in (0, 1, 3) else t.detach() for i, t in enumerate(tensors)]
     assert gradcheck(
         lambda *t: direction(*t, flip=flip), tensors, fast_mode=once, check_undefined_grad=not once
     )
@@ -335,7 +337,7 @@ def test_gradients_and_inputs_of_any_layout(implementation, device, layout):
 @directions
 def test_a_missing_gradient_counts_as_zero(implementation, device, direction):
     for used in (0, 1):
-        tensors = operands(3, 4, 3, 2, 4, dtype=torch.float32, device=device)
+        tensors = operands(3, 4, 2, 2, 4, dtype=torch.float32, device=device)
         with _backend.using("reference"):
             doubles = [t.detach().cpu().double().requires_grad_() for t in tensors]
             want = torch.autograd.grad(direction(*doubles)[used].sum(), doubles, allow_unused=True)
