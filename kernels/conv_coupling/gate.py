@@ -31,7 +31,7 @@ _HIDDEN: dict[tuple[int, ...], tuple[int, ...]] = {
 # Float32 has smaller tiles: compiled in one direction.
 _FLOAT32 = {(12, 16, 16), (8, 2, 2)}
 # What is compiled for every chip, in bfloat16 and one direction: the largest images, whose patches take
-# the most registers.
+# the most registers; with products and coupling in one launch, and in two as on AMD's chips.
 _EVERYWHERE = {(12, 16, 16)}
 
 
@@ -40,6 +40,8 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launc
     loads walk along: a row of a matrix of weights, or where there is none the channels of a pixel."""
     if dtype == torch.bfloat16:
         yield from _launches(shape, dtype, (False, True))
+        if shape in _EVERYWHERE:
+            yield from _in_two(_launches(shape, dtype, (False,)))
     elif shape in _FLOAT32:
         yield from _launches(shape, dtype, (False,))
 
@@ -48,6 +50,17 @@ def launches_elsewhere(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[t
     """The same, of fewer: the gate would take minutes for each chip."""
     if dtype == torch.bfloat16 and shape in _EVERYWHERE:
         yield from _launches(shape, dtype, (False,))
+        yield from _in_two(_launches(shape, dtype, (False,)))
+
+
+def _in_two(launches: Iterator[tuple[Launch, int]]) -> Iterator[tuple[Launch, int]]:
+    """The same with products and coupling in two launches."""
+    before = triton_impl._BARRIER_ORDERS_STORES
+    triton_impl._BARRIER_ORDERS_STORES = False
+    try:
+        yield from list(launches)
+    finally:
+        triton_impl._BARRIER_ORDERS_STORES = before
 
 
 def _launches(

@@ -42,6 +42,9 @@ from .layout import (
 __all__ = ["gradients", "map"]
 
 _SCRATCH = 2**28  # bytes at a time; a larger batch is mapped in slices
+# Whether a barrier makes what a program has stored visible to all its threads: so it is on NVIDIA's chips.
+# For AMD's the compiler does not wait for stores, so that products and coupling are always two launches.
+_BARRIER_ORDERS_STORES = torch.version.hip is None
 _PROGRAMS = 512  # of the weights' gradients: a few for every multiprocessor of the largest chips
 
 # Not compiled in: so that few kernels serve all batches and hidden layers, and that loops over blocks
@@ -819,6 +822,7 @@ def _launch_both(
     sizes = samples, samples * (1 if plan.dense else plan.pixels)
     options = operands.constants | _product_constants(product) | constants
     fused = product.splits == product.column_blocks == 1 and not plan.dense
+    fused = fused and _BARRIER_ORDERS_STORES
     if not fused:
         grid = plan.groups(samples, plan.row_slots, plan.tile) * product.splits
         _launch(_products_kernel, grid, (*products, *sizes), options | {"SLOTS": plan.row_slots})
