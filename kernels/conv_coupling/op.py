@@ -19,8 +19,8 @@ _SIZES = (1, 3)  # of the convolutions' kernels
 
 
 def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The native conditioner is float32's alone, and so are, on a GPU, tiles that fit its registers
-    those of types below float64."""
+    """Native code takes float32 alone; float64 on a GPU, whose tiles do not fit the registers, takes the
+    reference."""
     backend = _backend.choose(x, *others)
     if backend == "triton" and not (x.is_cuda and x.dtype is torch.float64):
         from . import triton_impl  # only here: triton is not installed everywhere

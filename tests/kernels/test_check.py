@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from hybridflow.kernels import check
+from hybridflow.kernels._triton import Launch
 
 # Kernels that are bad on purpose, in the folder of an op of their own.
 BAD = '''
@@ -183,6 +184,13 @@ def test_a_16_bit_dot_wants_tensor_cores_and_an_exact_one_does_not(monkeypatch):
     assert nvidia(monkeypatch, wide, ttir=tf32) == missing
     matrix = wide + "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1};\n"
     assert nvidia(monkeypatch, matrix, ttir=half) == ()
+
+
+def test_options_for_amd_are_its_own_with_half_the_warps_and_no_limit_on_registers():
+    options = {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    made = Launch(None, (), options, amd={"num_stages": 1})
+    assert made.options_for(amd=False) == options
+    assert made.options_for(amd=True) == {"num_warps": 4, "num_stages": 1}
 
 
 LISTING = """
