@@ -385,6 +385,29 @@ def _conditioner(hidden: int, shape: Shape, g: Generator) -> dict[str, Tensor]:
     }
 
 
+def _conv_coupling(
+    first: str,
+    transformed: int,
+    hidden: int,
+    size: int,
+    absent: tuple[str, ...],
+    layout: str,
+    shape: Shape,
+    g: Generator,
+) -> dict[str, Tensor]:
+    """Biases of the hidden units are so large that rounding moves none of them past its ReLU: half of
+    them are on and half are off."""
+    kept, outputs = shape[1] - transformed, 2 * transformed
+    given = {first: _activation(layout, shape, g)}
+    given["weight1"] = 0.3 * _normal(hidden, kept, size, size, g=g) / (kept * size**2) ** 0.5
+    given["bias1"] = 3.0 - 6.0 * (torch.arange(hidden) % 2)
+    given["weight2"] = _normal(outputs, hidden, size, size, g=g) / (9 * hidden * size**2) ** 0.5
+    given["bias2"] = 0.3 * _normal(outputs, g=g)
+    given |= _vectors(shape, g)
+    given["gain"] = 0.5 + torch.rand(transformed, generator=g)
+    return {name: value for name, value in given.items() if name not in absent}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -543,6 +566,61 @@ def _conditioners(shape: Shape, dtype: torch.dtype, hidden: int) -> Iterator[Cas
         yield _case("conv_conditioner", shape, make, ("params",), names, dtype, ())
 
 
+def _conv_couplings(
+    shape: Shape,
+    dtype: torch.dtype,
+    hidden: int,
+    note: str = "",
+    *,
+    form: CouplingForm = PLAIN,
+    transformed: int | None = None,
+    size: int = 3,
+    absent: tuple[str, ...] = (),
+    layout: str = "",
+    flip: bool = False,
+) -> Iterator[Case]:
+    """Both directions."""
+    moved = shape[1] // 2 if transformed is None else transformed
+    weights = ("weight1", "bias1", "weight2", "bias2")
+    for first, out in (("x", "y"), ("y", "x")):
+        names = (first, *weights, "log_scale", "bias", "log_det", "gain")
+        make = functools.partial(_conv_coupling, first, moved, hidden, size, absent, layout)
+        yield _case(
+            *("conv_coupling" if first == "x" else "conv_coupling_inverse", shape, make),
+            *((out, "log_det"), tuple(name for name in names if name not in absent), dtype),
+            *((first,), ", ".join(filter(None, (f"{hidden} hidden", layout, note)))),
+            **{"form": form, "flip": flip},
+        )
+
+
+def _small_conv_couplings(dtype: torch.dtype) -> Iterator[Case]:
+    """Images of few pixels, whose weights are dense, and others; then every choice."""
+    image, few = (5, 5, 3, 3), (5, 3, 2, 2)
+    for shape in (image, few, (2, 3, 1, 1), (1, 4, 9, 11), (1, 18, 4, 3)):
+        yield from _conv_couplings(shape, dtype, 20)
+    yield from _conv_couplings(image, dtype, 150)
+    together = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
+    for shape in (image, few):
+        yield from _conv_couplings(shape, dtype, 20, layout="channels-last")
+        yield from _conv_couplings(shape, dtype, 20, "first part", flip=True)
+        yield from _conv_couplings(shape, dtype, 20, "size 1", size=1)
+        yield from _conv_couplings(shape, dtype, 20, "one part of 2", transformed=2)
+        yield from _conv_couplings(shape, dtype, 20, "all else", form=together)
+        for absent in (("log_scale", "bias"), ("gain", "log_det")):
+            yield from _conv_couplings(shape, dtype, 20, f"no {absent[0]}", absent=absent)
+
+
+# Hidden channels of the presets' couplings, where they are not 128.
+_HIDDEN = {(64, 2, 2): 512, (192, 2, 2): 1024, (4, 4, 4): 32, (8, 2, 2): 64}
+
+
+def _preset_conv_couplings(shapes: Sequence[Shape], dtype: torch.dtype) -> Iterator[Case]:
+    for shape in shapes:
+        if len(shape) == 3:
+            hidden = _HIDDEN.get(shape, 128)
+            yield from _conv_couplings((300, *shape), dtype, hidden, layout="channels-last")
+
+
 def _chains(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """In float32 alone: in 16 bits the inverted activations differ by more than a rounding."""
     vectors = ("log_scale", "bias", "gain", "weight")
@@ -571,6 +649,7 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *(case for levels in (2, 256) for case in _dequantized((5, 3, 3, 3), dtype, levels)),
         *_chains((5, 5, 3, 3), dtype),
         *_conditioners((5, 2, 3, 3), dtype, 8),
+        *_small_conv_couplings(dtype),
     ]
 
 
@@ -585,6 +664,7 @@ def preset_cases(dtype: torch.dtype, shapes: Sequence[Shape] = SHAPES) -> list[C
         *(case for image in _IMAGES for case in _dequantized((300, *image), dtype, 256)),
         *(case for shape in shapes for case in _couplings((37, *shape), dtype, flip=True)),
         *(case for shape in shapes[::3] for case in _norms((300, *shape), dtype)),
+        *_preset_conv_couplings(shapes, dtype),
     ]
 
 

@@ -14,6 +14,7 @@ from .actnorm_coupling import (
 )
 from .boundary_sample import boundary_sample
 from .conv_conditioner import conv_conditioner
+from .conv_coupling import conv_coupling, conv_coupling_inverse
 from .dequantize_logit import dequantize_logit, logit_transform, logit_transform_inverse
 from .gmm_log_prob import GmmLogProb, gmm_log_prob
 from .standard_normal_log_prob import standard_normal_log_prob
@@ -32,6 +33,8 @@ __all__ = [
     "actnorm_statistics",
     "boundary_sample",
     "conv_conditioner",
+    "conv_coupling",
+    "conv_coupling_inverse",
     "coupling_chain",
     "dequantize_logit",
     "fuse",

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "for_amd", "launch", "recording"]
+__all__ = ["Launch", "launch", "recording"]
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,22 @@ class Launch:
     """One kernel launch: positional arguments, then constexprs and launch options by name.
 
     `num_warps` counts warps of 32 threads, whatever the chip: tiles are cut for that many threads.
+    `amd` are the constexprs and options that are others on AMD's chips.
     """
 
     kernel: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    amd: dict[str, Any] = field(default_factory=dict)
+
+    def options_for(self, amd: bool) -> dict[str, Any]:
+        """AMD's data-centre chips have warps of 64 threads, and no limit on registers is set."""
+        if not amd:
+            return dict(self.options)
+        chosen = {k: v for k, v in (self.options | self.amd).items() if k != "maxnreg"}
+        if "num_warps" in chosen:
+            chosen["num_warps"] = max(1, chosen["num_warps"] // 2)
+        return chosen
 
 
 _record: list[Launch] | None = None
@@ -37,21 +48,20 @@ def recording() -> Iterator[list[Launch]]:
         _record = before
 
 
-def for_amd(options: dict[str, Any]) -> dict[str, Any]:
-    """Launch options for AMD's data-centre chips: warps of 64 threads, no limit on registers."""
-    kept = {name: value for name, value in options.items() if name != "maxnreg"}
-    if "num_warps" in kept:
-        kept["num_warps"] = max(1, kept["num_warps"] // 2)
-    return kept
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    amd: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
     """Launch on the device of the first argument. An empty grid launches nothing."""
     # Named because its default changes in Triton 3.10, and with it the last bits of every result.
     options["enable_fp_fusion"] = True
+    made = Launch(kernel, arguments, options, amd or {})
     if _record is not None:
-        _record.append(Launch(kernel, arguments, options))
+        _record.append(made)
     elif 0 not in grid:
         first: Tensor = arguments[0]
         with torch.cuda.device_of(first):
-            kernel[grid](*arguments, **(for_amd(options) if torch.version.hip else options))
+            kernel[grid](*arguments, **made.options_for(amd=bool(torch.version.hip)))

@@ -1,7 +1,7 @@
 """Offline gate: compile every Triton kernel for every preset shape, without a GPU, and inspect it.
 
     python -m hybridflow.kernels.check [--ops actnorm_coupling] [--shapes 4x16x16 2]
-                                       [--arch 80 90 100 gfx942] [--jobs 2]
+                                       [--arch 80 90 100 gfx942] [--all] [--jobs 2]
 
 One line for each compiled kernel: registers of a thread, stack and shared memory in bytes, the widest
 global load in bytes, and tensor-core instructions. It fails, with exit status 1, on
@@ -13,7 +13,9 @@ global load in bytes, and tensor-core instructions. It fails, with exit status 1
 - a `tl.dot` of 16-bit or TF32 operands that became no tensor-core instruction.
 
 An op is a folder with a gate.py, whose `launches(shape, dtype)` yields every launch of the op with the
-bytes of the contiguous run that its main loads walk along.
+bytes of the contiguous run that its main loads walk along. All of them are compiled for sm_90. Where that
+takes long, the folder may have a `launches_elsewhere(shape, dtype)` of the same kind, fewer: those that
+are compiled for the other chips, unless --all is given.
 """
 
 import argparse
@@ -23,15 +25,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from ._triton import Launch, for_amd
+from ._triton import Launch
 
 __all__ = ["main"]
 
@@ -44,6 +47,7 @@ SHAPES = (
 )
 OPS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/gate.py")))
 DTYPES = (torch.float32, torch.bfloat16)
+EVERYTHING = "90"  # the chip that every launch is compiled for
 VECTOR = 16  # bytes
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}  # a block's
 
@@ -57,6 +61,9 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+
+
+Launches = Callable[[tuple[int, ...], torch.dtype], Iterator[tuple[Launch, int]]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Result:
 
 def _task(op: str, launch: Launch, run: int, arch: str) -> Task:
     kernel, constants, signature, divisible = launch.kernel, [], [], []
-    options = for_amd(launch.options) if _is_amd(arch) else dict(launch.options)
+    options = launch.options_for(amd=_is_amd(arch))
     for position, parameter in enumerate(kernel.params):
         if position < len(launch.arguments):
             value = launch.arguments[position]
@@ -259,18 +266,36 @@ def _asks_for_tensor_cores(ttir: str) -> bool:
 
 
 def _tasks(
-    ops: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], archs: tuple[str, ...]
+    ops: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    archs: tuple[str, ...],
+    everything: bool = False,
 ) -> dict[Task, tuple[int, ...]]:
     """Every compilation and the first shape that asks for it: equal ones are made once."""
     tasks: dict[Task, tuple[int, ...]] = {}
     for op in ops:
         gate = importlib.import_module(f".{op}.gate", __package__)
-        for shape in shapes:
-            for dtype in DTYPES:
-                for launch, run in gate.launches(shape, dtype):
-                    for arch in archs:
+        for arch in archs:
+            of_arch = gate.launches if everything or arch == EVERYTHING else _elsewhere(gate)
+            for shape in shapes:
+                for dtype in DTYPES:
+                    for launch, run in of_arch(shape, dtype):
                         tasks.setdefault(_task(op, launch, run, arch), shape)
     return tasks
+
+
+def _elsewhere(gate: ModuleType) -> Launches:
+    launches: Launches = gate.launches
+    return getattr(gate, "launches_elsewhere", launches)
+
+
+def _left_out(ops: tuple[str, ...], archs: tuple[str, ...]) -> str:
+    """What to say of launches that are compiled for sm_90 alone."""
+    gates = {op: importlib.import_module(f".{op}.gate", __package__) for op in ops}
+    fewer = [op for op, gate in gates.items() if hasattr(gate, "launches_elsewhere")]
+    if not fewer or set(archs) <= {EVERYTHING}:
+        return ""
+    return f"; of {', '.join(fewer)} all for sm_90 and a part for other chips (--all: all)"
 
 
 def _line(task: Task, shape: tuple[int, ...], result: Result) -> str:
@@ -298,10 +323,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="CxHxW")
     parser.add_argument("--arch", nargs="+", choices=tuple(SHARED), default=tuple(SHARED))
+    parser.add_argument("--all", action="store_true", help="every launch for every chip")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args(arguments)
 
-    tasks = _tasks(tuple(chosen.ops), tuple(chosen.shapes), tuple(chosen.arch))
+    ops, archs = tuple(chosen.ops), tuple(chosen.arch)
+    tasks = _tasks(ops, tuple(chosen.shapes), archs, chosen.all)
     failures = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(chosen.jobs, mp_context=context) as pool:
@@ -309,7 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
         for (task, shape), result in zip(tasks.items(), results, strict=True):
             print(_line(task, shape, result), flush=True)
             failures += bool(result.faults)
-    print(f"{len(tasks)} kernels, {failures} failures, Triton {triton.__version__}")
+    left_out = "" if chosen.all else _left_out(ops, archs)
+    print(f"{len(tasks)} kernels, {failures} failures, Triton {triton.__version__}{left_out}")
     return 1 if failures else 0
 
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from hybridflow.kernels import check
+from hybridflow.kernels._triton import Launch
 
 # Kernels that are bad on purpose, in the folder of an op of their own.
 BAD = '''
@@ -114,6 +115,35 @@ def test_bad_kernels_are_found_on_both_makers_chips(tmp_path: Path):
     assert not any("tensor cores 0 " in line for line in products)
 
 
+def test_a_gate_may_compile_less_for_other_chips_unless_all_is_asked_for(tmp_path: Path):
+    """Of two good kernels here the second is left out elsewhere than on sm_90."""
+    good = (
+        BAD[: BAD.index("def launches")]
+        + """
+def launches(shape, dtype, sizes=(1024, 2048)):
+    x = torch.empty(1 << 16, dtype=dtype, device="meta")
+    with recording() as made:
+        for n in sizes:
+            launch(contiguous, (1,), x, x, N=n, num_warps=4)
+    return [(launch, 1024) for launch in made]
+
+
+def launches_elsewhere(shape, dtype):
+    return launches(shape, dtype, (1024,))
+"""
+    )
+    good = good.replace("def strided", "def contiguous").replace("x + 2 * i", "x + i")
+    (tmp_path / "bad.py").write_text(good)
+    script = f"if __name__ == '__main__':{BAD_OP}".replace("\n", "\n    ")
+    for option, counts in ("", {"sm_90": 2, "gfx942": 1}), ('"--all", ', {"sm_90": 2, "gfx942": 2}):
+        (tmp_path / "go.py").write_text(script.replace('"--ops"', f'{option}"--ops"'))
+        done = run(str(tmp_path / "go.py"), PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        *lines, last = done.stdout.splitlines()
+        assert {chip: sum(x.startswith(chip) for x in lines) for chip in counts} == counts
+        assert ("of bad all for sm_90 and a part for other chips" in last) == (not option)
+
+
 def nvidia(monkeypatch, ptx, stack=0, spills="", shared=0, vectors=True, type_="*fp32", ttir=""):
     monkeypatch.setattr(check, "_nvidia_resources", lambda cubin: (32, stack, spills))
     task = check.Task("op", "m", "k", "80", (("x", type_),), (), (), (), vectors)
@@ -154,6 +184,13 @@ def test_a_16_bit_dot_wants_tensor_cores_and_an_exact_one_does_not(monkeypatch):
     assert nvidia(monkeypatch, wide, ttir=tf32) == missing
     matrix = wide + "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1};\n"
     assert nvidia(monkeypatch, matrix, ttir=half) == ()
+
+
+def test_options_for_amd_are_its_own_with_half_the_warps_and_no_limit_on_registers():
+    options = {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    made = Launch(None, (), options, amd={"num_stages": 1})
+    assert made.options_for(amd=False) == options
+    assert made.options_for(amd=True) == {"num_warps": 4, "num_stages": 1}
 
 
 LISTING = """
