@@ -44,12 +44,14 @@ LAYERS = tuple(
 )
 
 
-def _step(layer: _choices.Layer, device: torch.device) -> tuple[nn.Module, tuple[int, ...]]:
+def _step(
+    layer: _choices.Layer, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[int, ...]]:
     """A fused step with this conditioner, and the shape of a sample."""
     channels = layer.inputs + layer.outputs // 2
     step = FlowStep(channels, conv_conditioner(layer.inputs, layer.hidden, layer.outputs))
     nn.init.normal_(step.coupling.conditioner[-1].weight, std=0.01)
-    step.to(device)
+    step.to(device, dtype)
     fuse(step)
     return step, (channels, layer.height, layer.width)
 
@@ -62,13 +64,17 @@ def _run(step: nn.Module, x: Tensor, weight: Tensor) -> None:
 
 
 def measure(
-    layer: _choices.Layer, device: torch.device, batches: Sequence[int], seconds: float
+    layer: _choices.Layer,
+    device: torch.device,
+    dtype: torch.dtype,
+    batches: Sequence[int],
+    seconds: float,
 ) -> dict[str, Any]:
     """A row of the table: for each number of samples how many times faster one op is."""
-    step, shape = _step(layer, device)
+    step, shape = _step(layer, device, dtype)
     faster = {}
     for batch in batches:
-        x = torch.randn(batch, *shape, device=device, requires_grad=True)
+        x = torch.randn(batch, *shape, device=device, dtype=dtype, requires_grad=True)
         weight = torch.randn_like(x)
         times: dict[bool, list[float]] = {True: [], False: []}
         for _, one_op in itertools.product(range(_TURNS), times):
@@ -98,16 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.choices", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--type", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=_choices.PATH)
     parser.add_argument("--batches", type=int, nargs="+", default=_BATCHES)
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a turn")
     args = parser.parse_args(argv)
-    before, rows = commit(), []
-    for layer in LAYERS:
-        rows.append(measure(layer, args.device, args.batches, args.seconds))
-        print(layer, rows[-1]["fewest"], rows[-1]["faster"], flush=True)
-    sections = json.loads(args.out.read_text()) if args.out.exists() else {}
-    sections[_choices.device_key(args.device)] = {
+    if args.device.type == "cpu" and args.type != "float32":
+        parser.error(
+            f"--type: got {args.type}, want float32: on a CPU there is no op of other types"
+        )
+    dtype = getattr(torch, args.type)
+    key = _choices.device_key(args.device, dtype)
+    section: dict[str, Any] = {
         "command": [
             "python",
             "-m",
@@ -115,11 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(sys.argv[1:] if argv is None else argv),
         ],
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": before,
+        "commit": commit(),
         "machine": machine(args.device),
-        "rows": rows,
+        "rows": [],
     }
-    args.out.write_text(json.dumps(sections, indent=1) + "\n")
+    for layer in LAYERS:
+        row = measure(layer, args.device, dtype, args.batches, args.seconds)
+        section["rows"].append(row)
+        sections = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps(sections | {key: section}, indent=1) + "\n")
+        print(layer, row["fewest"], row["faster"], flush=True)
     print(f"table: {args.out}")
     return 0
 

@@ -781,6 +781,48 @@ def relative_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, flo
     return {name: float(f"{value:.3g}") for name, value in named.items()}
 
 
+# --- couplings with their conditioners ------------------------------------------------------------
+
+_BATCHES = (64, 300, 2048)
+
+
+def couplings_stage(context: Context, seconds: float, report: Report) -> Result:
+    """Couplings of the presets with the conditioner as one op and layer by layer, bf16 and fp32."""
+    deadline = time.monotonic() + seconds
+    table = context.rows.with_name(f"{context.rows.stem.removesuffix('-kernels')}-choices.json")
+    table.unlink(missing_ok=True)  # of an earlier run
+    result: Result = {"table": table.name, "faster": {}}
+    problems, output, words = [], "", []
+    types = ("bfloat16", "float32")
+    for i, name in enumerate(types):
+        command = _python(
+            *("-m", "benchmarks.choices", "--device", "cuda", "--type", name),
+            *("--batches", *map(str, _BATCHES), "--out", str(table)),
+        )
+        bound = (deadline - time.monotonic()) / (len(types) - i)
+        outcome = run_commands({f"choices-{name}": command}, context, bound)[f"choices-{name}"]
+        rows = rows_of_type(table, name)
+        result["faster"][name] = {label: row["faster"] for label, row in rows.items()}
+        report(result)
+        if outcome.status or not rows:  # out of time is no fault if there are rows
+            problems.append(outcome.complaint(name) or f"{name}: no coupling was measured")
+            output += outcome.output[-_TAIL:]
+        wins = sum(row["faster"].get("300", 0) >= 1 for row in rows.values())
+        words.append(f"{name}: one op faster in {wins} of {len(rows)} couplings of 300 images")
+    summary = "; ".join(words)
+    if problems:
+        return result | _failed("; ".join([*problems, summary]), output)
+    return result | {"status": "passed", "summary": summary}
+
+
+def rows_of_type(table: Path, name: str) -> dict[str, Any]:
+    """Rows of the table's section for this type, named by the conditioner's sizes."""
+    sections = json.loads(table.read_text()) if table.exists() else {}
+    rows = [row for key, s in sections.items() if key.endswith(f" {name}") for row in s["rows"]]
+    sizes = ("inputs", "hidden", "outputs", "height", "width")
+    return {"x".join(str(row[size]) for size in sizes): row for row in rows}
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 STAGES = (
@@ -788,8 +830,9 @@ STAGES = (
     Stage("install", 9, install_stage),
     Stage("kernels", 30, kernels_stage),
     Stage("sanitizer", 12, sanitizer_stage),
-    Stage("op", 33, op_stage),
-    Stage("train", 15, train_stage),
+    Stage("op", 26, op_stage),
+    Stage("couplings", 9, couplings_stage),
+    Stage("train", 13, train_stage),
 )
 
 

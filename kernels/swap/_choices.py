@@ -1,7 +1,7 @@
 """Whether a coupling's conditioner runs as one op or layer by layer: read from a table of measurements.
 
-choices.json is written by `python -m benchmarks.choices`, a section for each kind of device; nothing is
-measured while a model runs. Where a device has no section, conditioners run layer by layer.
+choices.json is written by `python -m benchmarks.choices`, a section for each kind of device and type; nothing
+is measured while a model runs. What has no section runs layer by layer.
 """
 
 import functools
@@ -44,23 +44,25 @@ def using(one_op: bool) -> Iterator[None]:
         _forced = before
 
 
-def prefers_one_op(layer: Layer, samples: int, device: torch.device) -> bool:
+def prefers_one_op(layer: Layer, samples: int, key: str) -> bool:
     """Whether this conditioner of so many samples is faster as one op, as far as was measured."""
     if _forced is not None:
         return _forced
-    fewest = fewest_samples(layer, device_key(device))
+    fewest = fewest_samples(layer, key)
     return fewest is not None and samples >= fewest
 
 
 @functools.cache
-def device_key(device: torch.device) -> str:
-    """The device's section of the table: "cpu", or a GPU's instruction set, as in "sm_90"."""
+def device_key(device: torch.device, dtype: torch.dtype) -> str:
+    """The section of the table: "cpu", or a GPU's instruction set with the type, as in "sm_90 bfloat16"."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+        chip = properties.gcnArchName.split(":")[0]
+    else:
+        chip = f"sm_{properties.major}{properties.minor}"
+    return f"{chip} {str(dtype).removeprefix('torch.')}"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,5 +1,6 @@
 """The fused forms of hybridflow's own layers. Parameters, buffers, keys and results are theirs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from ..actnorm_coupling import (
 from ..actnorm_coupling.op import tap
 from ..conv_conditioner import conv_conditioner
 from ..conv_conditioner.op import is_native
+from ..conv_coupling import conv_coupling, conv_coupling_inverse
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
-from ._choices import Layer, prefers_one_op
+from ._choices import Layer, device_key, prefers_one_op
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial
 
 __all__ = [
@@ -29,38 +31,74 @@ __all__ = [
 ]
 
 
+_Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, weight, bias
+_OF_CONV_COUPLING = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class FusedFlowStep(Fused):
-    """A FlowStep that runs actnorm, coupling and log-det as one kernel."""
+    """A FlowStep that runs actnorm, coupling and log-det as one kernel, or with the conditioner too."""
 
     actnorm: Any
     coupling: Any
 
     def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        moved, vectors = coupling.channels // 2, (norm.log_scale, norm.bias)
-        a, x = tap(x, moved, *vectors, flip=coupling.flip)
+        vectors, flip = (norm.log_scale, norm.bias), coupling.flip
+        if (weights := _weights_on_gpu(coupling, x)) is not None:
+            return conv_coupling(x, *weights, *vectors, coupling.gain, log_det, flip=flip)
+        a, x = tap(x, coupling.channels // 2, *vectors, flip=flip)
         operands = (_params(coupling.conditioner, a), *vectors, coupling.gain, log_det)
-        return actnorm_coupling(x, *operands, flip=coupling.flip)
+        return actnorm_coupling(x, *operands, flip=flip)
 
     def inverse(self, y: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        a, y = tap(y, coupling.channels // 2, flip=coupling.flip)
-        operands = (norm.log_scale, norm.bias, coupling.gain, log_det)
+        operands, flip = (norm.log_scale, norm.bias, coupling.gain, log_det), coupling.flip
+        if (weights := _weights_on_gpu(coupling, y)) is not None:
+            return conv_coupling_inverse(y, *weights, *operands, flip=flip)
+        a, y = tap(y, coupling.channels // 2, flip=flip)
         params = _params(coupling.conditioner, a)
-        return actnorm_coupling_inverse(y, params, *operands, flip=coupling.flip)
+        return actnorm_coupling_inverse(y, params, *operands, flip=flip)
+
+
+def _weights_on_gpu(coupling: Any, x: Tensor) -> _Weights | None:
+    """The conditioner's, where a GPU runs it with the coupling as one op and that is faster."""
+    if not _is_on_gpu(x) or x.dim() != 4 or x.dtype not in _OF_CONV_COUPLING or not _is_eager(x):
+        return None
+    kept = coupling.channels - coupling.channels // 2
+    return _weights_of_one_op(coupling.conditioner, (x.shape[0], kept, *x.shape[2:]), x)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Neither traced nor under autocast, which chooses the types of what it knows."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
     """What the conditioner makes of a: by one op where there is one for it and that is faster."""
-    if a.dim() == 4 and is_native(a) and not torch.is_autocast_enabled(a.device.type):
-        convolutions = _two_convolutions(conditioner)
-        if convolutions is not None:
-            first, second = convolutions
-            window, sizes = first.kernel_size[0], (first.out_channels, second.out_channels)
-            layer = Layer("conv", a.shape[1], *sizes, window, *a.shape[2:])
-            if prefers_one_op(layer, a.shape[0], a.device):
-                return conv_conditioner(a, first.weight, first.bias, second.weight, second.bias)
+    if a.dim() == 4 and is_native(a) and _is_eager(a):
+        weights = _weights_of_one_op(conditioner, a.shape, a)
+        if weights is not None:
+            return conv_conditioner(a, *weights)
     return conditioner(a)
+
+
+def _weights_of_one_op(conditioner: nn.Module, shape: Sequence[int], x: Tensor) -> _Weights | None:
+    """Weights and biases, if on inputs of this shape, and of x's type and device, the conditioner is
+    faster as one op."""
+    convolutions = _two_convolutions(conditioner)
+    if convolutions is None or any(c.weight.dtype is not x.dtype for c in convolutions):
+        return None
+    first, second = convolutions
+    samples, inputs, height, width = shape
+    sizes = (first.out_channels, second.out_channels, first.kernel_size[0])
+    layer = Layer("conv", inputs, *sizes, height, width)
+    if not prefers_one_op(layer, samples, device_key(x.device, x.dtype)):
+        return None
+    return first.weight, first.bias, second.weight, second.bias
 
 
 class _Conditioner(nn.Module):
@@ -75,15 +113,14 @@ class _Conditioner(nn.Module):
 
 
 def _two_convolutions(conditioner: nn.Module) -> tuple[Any, Any] | None:
-    """The convolutions, if the conditioner is conv, ReLU, conv and each as conv_conditioner has it."""
+    """The convolutions, if the conditioner is conv, ReLU, conv and each as the ops have it."""
     if type(conditioner) is not nn.Sequential or len(conditioner) != 3 or has_hooks(conditioner):
         return None
     first, relu, second = conditioner
     if type(relu) is not nn.ReLU or has_hooks(relu):
         return None
     plain = _is_plain(first) and _is_plain(second) and first.kernel_size == second.kernel_size
-    same_type = first.weight.dtype == second.weight.dtype == torch.float32 if plain else False
-    return (first, second) if same_type else None
+    return (first, second) if plain else None
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -590,6 +590,37 @@ def test_without_pytest_benchmark_the_op_stage_says_so(
     assert result["summary"].startswith("pytest-benchmark is missing")
 
 
+@pytest.mark.parametrize("measured", (2, 1, 0))
+def test_the_couplings_stage_takes_what_its_tables_say(
+    context: Any, monkeypatch: pytest.MonkeyPatch, measured: int
+) -> None:
+    table = context.rows.with_name(f"{context.rows.stem}-choices.json")
+    table.write_text("of an earlier run")
+    sizes = {"inputs": 2, "hidden": 8, "outputs": 4, "height": 4, "width": 3}
+    asked: list[str] = []
+
+    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+        ((name, command),) = commands.items()
+        asked.append(command[command.index("--type") + 1])
+        assert command[command.index("--out") + 1] == str(table)
+        sections = json.loads(table.read_text()) if table.exists() else {}
+        if len(asked) <= measured:
+            row = sizes | {"faster": {"300": 2.0 if asked[-1] == "bfloat16" else 0.5}}
+            table.write_text(json.dumps(sections | {f"sm_90 {asked[-1]}": {"rows": [row]}}))
+        return {name: gpu.Outcome(None, "said")}  # out of time
+
+    monkeypatch.setattr(gpu, "run_commands", run)
+    result = gpu.couplings_stage(context, 100, lambda result: None)
+    assert asked == ["bfloat16", "float32"]
+    assert result["status"] == ("passed" if measured == 2 else "failed")
+    want = {"bfloat16": {"300": 2.0}, "float32": {"300": 0.5}}
+    for i, name in enumerate(asked):
+        assert result["faster"][name] == ({"2x8x4x4x3": want[name]} if i < measured else {})
+    if measured == 2:
+        assert "bfloat16: one op faster in 1 of 1" in result["summary"]
+        assert "float32: one op faster in 0 of 1" in result["summary"]
+
+
 def _condensed_row(op: str, passed: bool) -> dict[str, Any]:
     return {"op": op, "dtype": "float32", "passed": passed, "error_of_allowed": 0.5}
 

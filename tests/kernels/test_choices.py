@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import choices as command
 from hybridflow.kernels.swap import _choices
-from hybridflow.kernels.swap._choices import Layer, fewest_samples, prefers_one_op
+from hybridflow.kernels.swap._choices import Layer, device_key, fewest_samples, prefers_one_op
 
 SMALL = Layer("conv", 2, 8, 4, 3, 4, 4)
 LARGE = Layer("conv", 32, 512, 64, 3, 16, 16)
@@ -19,7 +19,7 @@ def table(tmp_path, monkeypatch):
     """A table for CPUs and one kind of GPU, instead of the committed one."""
     path = tmp_path / "choices.json"
     cpu = (SMALL, 8), (LARGE, None), (DENSE, 1)
-    sections = {"cpu": cpu, "sm_90": ((SMALL, 300),)}
+    sections = {"cpu": cpu, "sm_90 float32": ((SMALL, 300),)}
     path.write_text(
         json.dumps(
             {
@@ -41,22 +41,23 @@ def forget():
 
 def test_a_measured_layer_has_its_own_answer_and_any_other_that_of_the_most_alike(table):
     assert fewest_samples(SMALL, "cpu") == 8 and fewest_samples(LARGE, "cpu") is None
-    assert fewest_samples(SMALL, "sm_90") == 300
+    assert fewest_samples(SMALL, "sm_90 float32") == 300
     assert fewest_samples(SMALL._replace(hidden=16, inputs=3), "cpu") == 8
     assert fewest_samples(LARGE._replace(hidden=128, height=8), "cpu") is None
     assert fewest_samples(Layer("dense", 30, 500, 60), "cpu") == 1
 
 
 def test_where_nothing_was_measured_layers_run_as_they_are(table):
-    assert fewest_samples(SMALL, "sm_80") is None
-    assert fewest_samples(DENSE, "sm_90") is None
+    assert fewest_samples(SMALL, "sm_90 bfloat16") is None
+    assert fewest_samples(DENSE, "sm_90 float32") is None
     table.unlink()
     forget()
     assert fewest_samples(SMALL, "cpu") is None
 
 
 def test_the_number_of_samples_decides_unless_a_choice_is_forced(table):
-    cpu = torch.device("cpu")
+    cpu = device_key(torch.device("cpu"), torch.float32)
+    assert cpu == "cpu"
     assert not prefers_one_op(SMALL, 7, cpu) and prefers_one_op(SMALL, 8, cpu)
     assert not prefers_one_op(LARGE, 10**6, cpu)
     with _choices.using(True):
@@ -85,11 +86,19 @@ def test_a_choice_needs_every_larger_batch_to_be_no_slower():
 
 def test_the_command_rewrites_its_section_alone(tmp_path, monkeypatch, capsys):
     path = tmp_path / "choices.json"
-    path.write_text(json.dumps({"sm_90": "as it was", "cpu": "old"}))
+    path.write_text(json.dumps({"sm_90 float32": "as it was", "cpu": "old"}))
     monkeypatch.setattr(command, "LAYERS", (SMALL,))
     assert command.main(["--batches", "1", "3", "--seconds", "0.001", "--out", str(path)]) == 0
     sections = json.loads(path.read_text())
-    assert sections["sm_90"] == "as it was"
+    assert sections["sm_90 float32"] == "as it was"
     (row,) = sections["cpu"]["rows"]
     assert Layer(*(row[f] for f in Layer._fields)) == SMALL
     assert {*row["faster"]} == {"1", "3"} and all(r > 0 for r in row["faster"].values())
+
+
+def test_the_command_refuses_types_that_have_no_op(tmp_path, capsys):
+    path = tmp_path / "choices.json"
+    with pytest.raises(SystemExit):
+        command.main(["--type", "bfloat16", "--out", str(path)])
+    assert "--type: got bfloat16, want float32" in capsys.readouterr().err
+    assert not path.exists()

@@ -112,9 +112,9 @@ def calls(monkeypatch):
         yield made
 
 
-def step(conditioner=None):
+def step(conditioner=None, flip=False):
     torch.manual_seed(0)
-    made = FlowStep(6, make_conditioner(3, 8, 6) if conditioner is None else conditioner)
+    made = FlowStep(6, make_conditioner(3, 8, 6) if conditioner is None else conditioner, flip)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -190,3 +190,29 @@ def test_it_is_not_taken_where_the_table_says_so_or_under_autocast(calls):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(9, 6, 4, 4))
     assert not calls
+
+
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+@pytest.mark.parametrize("flip", (False, True))
+def test_on_a_gpu_the_whole_step_is_one_op(calls, monkeypatch, direction, flip):
+    monkeypatch.setattr(swap, "_is_on_gpu", lambda x: True)
+    whole = []
+    for name in ("conv_coupling", "conv_coupling_inverse"):
+        op = getattr(swap, name)
+        monkeypatch.setattr(swap, name, lambda *a, op=op, **k: whole.append(op) or op(*a, **k))
+    model, x, total = step(flip=flip), torch.randn(9, 6, 4, 4), torch.randn(9)
+    want = getattr(model, direction)(x, total)
+    fuse(model)
+    got = getattr(model, direction)(x, total)
+    assert len(whole) == 1 and not calls
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, w, rtol=1e-5, atol=1e-4)
+    parameters = [*model.parameters()]
+    grads = torch.autograd.grad(sum(t.sum() for t in got), parameters)
+    for g, w in zip(
+        grads, torch.autograd.grad(sum(t.sum() for t in want), parameters), strict=True
+    ):
+        assert torch.allclose(g, w, rtol=1e-3, atol=1e-3 * float(w.detach().abs().max()))
+    with _choices.using(False):
+        getattr(model, direction)(x)
+    assert len(whole) == 1
