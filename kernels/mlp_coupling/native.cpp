@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kHeldFloats = 1 << 15;  // of panels that are held, about
+constexpr int64_t kHeldFloats = 1 << 18;  // of panels that are held, about
 constexpr int64_t kMostHeld = 16;
 constexpr int64_t kMostChunks = 16;
 constexpr int64_t kPartialFloats = 1 << 20;  // of the gradients of parameters, over all chunks

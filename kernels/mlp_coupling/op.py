@@ -17,6 +17,15 @@ __all__ = ["apply", "is_faster", "mlp_coupling", "mlp_coupling_inverse"]
 _WIDEST = 128  # hidden layer that the Triton kernels hold in registers
 
 
+def is_faster(x: Tensor, hidden: int) -> bool:
+    """Whether `mlp_coupling` of this input is made by kernels of its own, and these are the faster.
+
+    So it is of float32 on a CPU.
+    """
+    compiling = torch.compiler.is_compiling()  # then the choice could not be traced
+    return not compiling and x.dtype is torch.float32 and _backend.choose(x) == "native"
+
+
 def _implementation(x: Tensor, hidden: int, *others: Tensor | None) -> ModuleType:
     backend = _backend.choose(x, *others)
     if backend == "triton" and hidden <= _WIDEST and x.shape[1] <= _WIDEST:

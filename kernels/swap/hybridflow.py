@@ -16,6 +16,8 @@ from ..conv_conditioner import conv_conditioner
 from ..conv_conditioner.op import is_faster
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
+from ..mlp_coupling import mlp_coupling, mlp_coupling_inverse
+from ..mlp_coupling.op import is_faster as whole_is_faster
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
 
 
 class FusedFlowStep(Fused):
-    """A FlowStep that runs actnorm, coupling and log-det as one kernel."""
+    """A FlowStep that runs actnorm, coupling and log-det as one kernel, and a dense conditioner in it."""
 
     actnorm: Any
     coupling: Any
@@ -37,16 +39,41 @@ class FusedFlowStep(Fused):
     def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
         moved, vectors = coupling.channels // 2, (norm.log_scale, norm.bias)
+        if layers := _dense_layers(coupling.conditioner, x, moved):
+            operands = (*layers, *vectors, coupling.gain, log_det)
+            return mlp_coupling(x, *operands, flip=coupling.flip)
         a, x = tap(x, moved, *vectors, flip=coupling.flip)
         operands = (_params(coupling.conditioner, a), *vectors, coupling.gain, log_det)
         return actnorm_coupling(x, *operands, flip=coupling.flip)
 
     def inverse(self, y: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        a, y = tap(y, coupling.channels // 2, flip=coupling.flip)
-        operands = (norm.log_scale, norm.bias, coupling.gain, log_det)
+        moved, operands = coupling.channels // 2, (norm.log_scale, norm.bias, coupling.gain, log_det)
+        if layers := _dense_layers(coupling.conditioner, y, moved):
+            return mlp_coupling_inverse(y, *layers, *operands, flip=coupling.flip)
+        a, y = tap(y, moved, flip=coupling.flip)
         params = _params(coupling.conditioner, a)
         return actnorm_coupling_inverse(y, params, *operands, flip=coupling.flip)
+
+
+def _dense_layers(conditioner: nn.Module, x: Tensor, moved: int) -> tuple[Tensor, ...] | None:
+    """Weights and biases of three plain layers with ReLUs between them, where one op for the whole step
+    is the faster; else None."""
+    if x.dim() != 2 or type(conditioner) is not nn.Sequential or len(conditioner._modules) != 5:
+        return None
+    first, relu1, second, relu2, third = parts = conditioner._modules.values()
+    if not type(relu1) is type(relu2) is nn.ReLU:
+        return None
+    operands: list[Any] = []
+    for layer in (first, second, third):
+        if type(layer) is not nn.Linear or layer._parameters["bias"] is None:
+            return None
+        operands += (layer._parameters["weight"], layer._parameters["bias"])
+    if any(v.dtype is not torch.float32 for v in operands) or len(operands[5]) != 2 * moved:
+        return None
+    if not whole_is_faster(x, len(operands[1])) or torch.is_autocast_enabled(x.device.type):
+        return None
+    return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
