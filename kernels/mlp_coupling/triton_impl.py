@@ -241,8 +241,8 @@ def _gradients_kernel(
             )
         else:
             a = _kept_part(out, None, None, row, k, samples, CHANNELS, MOVED, FLIP, False, ACC)
-        w = _matrix(w1, unit, k, H1, KEPT, out)
-        h1 = _layer(a, w, _spread(b1, unit, unit < H1, ACC), out, PRECISION, ACC)
+        first = _matrix(w1, unit, k, H1, KEPT, out)
+        h1 = _layer(a, first, _spread(b1, unit, unit < H1, ACC), out, PRECISION, ACC)
         raw, t = _raw_and_shift(
             h1, w2, b2, w3, b3, j, out, MOVED, H1, H2, H1_BLOCK, UNITS, CHUNKS, RAW, SHIFT, STEP,
             FACTOR, PRECISION, ACC,
@@ -316,9 +316,9 @@ def _gradients_kernel(
         _add_rows(to_b1 + unit, grad_h1, unit < H1, again)
         g1 = grad_h1.to(out.dtype.element_ty)
         _add_matrix(to_w1, g1, a, unit, k, unit < H1, live_kept, again, KEPT, PRECISION, ACC)
-        w = _matrix(w1, unit, k, H1, KEPT, out)
+        first = _matrix(w1, unit, k, H1, KEPT, out)
         grad_a = tl.zeros((ROWS, KEPT_BLOCK), ACC)
-        grad_a = _product(g1, w, grad_a, PRECISION, ACC)
+        grad_a = _product(g1, first, grad_a, PRECISION, ACC)
         mask = inside & live_kept[None, :]
         at = at_row + kept[None, :]
         g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
@@ -368,7 +368,7 @@ class _Plan(NamedTuple):
             # Three products of TF32, and float32's accuracy; `launch` changes it for other chips.
             "PRECISION": "ieee" if self.double else "tf32x3",
             "ACC": tl.float64 if self.double else tl.float32,
-            "num_warps": 4,
+            "num_warps": 8 if max(self.hidden1, self.hidden2) > 64 else 4,
             "num_stages": 1,
             "maxnreg": 255,
         }
