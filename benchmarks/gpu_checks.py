@@ -6,6 +6,7 @@ what is checked, run by the reference it is PyTorch's own, run by the reference 
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
@@ -385,6 +386,21 @@ def _conditioner(hidden: int, shape: Shape, g: Generator) -> dict[str, Tensor]:
     }
 
 
+def _dense(
+    first: str, hidden: int, absent: tuple[str, ...], shape: Shape, g: Generator
+) -> dict[str, Tensor]:
+    size = shape[1]
+    moved = size // 2
+    given = {first: _normal(*shape, g=g)}
+    widths = (size - moved, hidden, hidden, 2 * moved)
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=1):
+        given[f"weight{i}"] = _normal(outputs, inputs, g=g) / inputs**0.5
+        given[f"bias{i}"] = 0.3 * _normal(outputs, g=g)
+    given |= _vectors(shape, g)
+    given["gain"] = 0.5 + torch.rand(moved, generator=g)
+    return {name: value for name, value in given.items() if name not in absent}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -436,6 +452,9 @@ def _couplings(
         )
 
 
+_ALL_ELSE = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
+
+
 def _forms(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """Every scale, every other choice alone, and all of these together."""
 
@@ -459,9 +478,8 @@ def _forms(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield from coupling(layout.strip(), layout=layout)
         yield from coupling(f"{layout}first part", layout=layout, flip=True)
         yield from coupling(f"{layout}no identity part", layout=layout, transformed=shape[1])
-    together = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
     for layout in ("", *images):
-        yield from coupling(f"{layout}index, all else", form=together, layout=f"{layout}index")
+        yield from coupling(f"{layout}index, all else", form=_ALL_ELSE, layout=f"{layout}index")
 
 
 def _norms(shape: Shape, dtype: torch.dtype, layout: str = "") -> Iterator[Case]:
@@ -543,6 +561,30 @@ def _conditioners(shape: Shape, dtype: torch.dtype, hidden: int) -> Iterator[Cas
         yield _case("conv_conditioner", shape, make, ("params",), names, dtype, ())
 
 
+def _dense_couplings(
+    shape: Shape,
+    dtype: torch.dtype,
+    hidden: int,
+    note: str = "",
+    *,
+    form: CouplingForm = PLAIN,
+    absent: tuple[str, ...] = (),
+    flip: bool = False,
+) -> Iterator[Case]:
+    """Coupling and conditioner in one, both directions. In float32 alone: what 16 bits round in the
+    hidden layers shows in the log-det, in another way in every order of the sums."""
+    layers = (f"{kind}{i}" for i in (1, 2, 3) for kind in ("weight", "bias"))
+    names = (*layers, "log_scale", "bias", "log_det", "gain")
+    for first, out in (("x", "y"), ("y", "x")) if dtype == torch.float32 else ():
+        yield _case(
+            *("mlp_coupling" if first == "x" else "mlp_coupling_inverse", shape),
+            *(functools.partial(_dense, first, hidden, absent), (out, "log_det")),
+            *(tuple(name for name in (first, *names) if name not in absent), dtype, (first,)),
+            *(" ".join(filter(None, (f"hidden {hidden}", note, "first part" if flip else ""))),),
+            **{"form": form, "flip": flip},
+        )
+
+
 def _chains(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """In float32 alone: in 16 bits the inverted activations differ by more than a rounding."""
     vectors = ("log_scale", "bias", "gain", "weight")
@@ -571,6 +613,10 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *(case for levels in (2, 256) for case in _dequantized((5, 3, 3, 3), dtype, levels)),
         *_chains((5, 5, 3, 3), dtype),
         *_conditioners((5, 2, 3, 3), dtype, 8),
+        *_dense_couplings((7, 2), dtype, 3),
+        *_dense_couplings((37, 5), dtype, 20, flip=True),
+        *_dense_couplings((7, 5), dtype, 20, "bare", absent=("log_scale", "bias", "gain", "log_det")),
+        *_dense_couplings((7, 5), dtype, 20, "all else", form=_ALL_ELSE),
     ]
 
 
@@ -602,4 +648,6 @@ def every_case(dtype: torch.dtype) -> list[Case]:
         *_norms(form_shape, dtype, "channels-last"),
         *_mixtures(300, 3072, dtype, 100),
         *_chains((64, 12, 16, 16), dtype),
+        *_dense_couplings((300, 2), dtype, 64),
+        *_dense_couplings((20_000, 64), dtype, 128),
     ]
