@@ -14,21 +14,24 @@ from . import native_impl, reference
 
 __all__ = ["apply", "is_faster", "mlp_coupling", "mlp_coupling_inverse"]
 
-_WIDEST = 128  # hidden layer that the Triton kernels hold in registers
+_WIDEST = 128  # hidden layers and vectors that the Triton kernels take
+_WIDEST_FASTER, _LONGEST_FASTER = 128, 64  # hidden layer and vector, on a CPU
 
 
 def is_faster(x: Tensor, hidden: int) -> bool:
     """Whether `mlp_coupling` of this input is made by kernels of its own, and these are the faster.
 
-    So it is of float32 on a CPU.
+    So it is of float32 on a CPU, of up to 64 entries and 128 hidden units. Wider layers are worth the
+    time that PyTorch takes to start, and its products are the faster ones (README.md).
     """
-    compiling = torch.compiler.is_compiling()  # then the choice could not be traced
-    return not compiling and x.dtype is torch.float32 and _backend.choose(x) == "native"
+    if hidden > _WIDEST_FASTER or x.shape[1] > _LONGEST_FASTER or torch.compiler.is_compiling():
+        return False  # compiled, the choice could not be traced
+    return x.dtype is torch.float32 and _backend.choose(x) == "native"
 
 
-def _implementation(x: Tensor, hidden: int, *others: Tensor | None) -> ModuleType:
+def _implementation(x: Tensor, weight2: Tensor, *others: Tensor | None) -> ModuleType:
     backend = _backend.choose(x, *others)
-    if backend == "triton" and hidden <= _WIDEST and x.shape[1] <= _WIDEST:
+    if backend == "triton" and max(x.shape[1], *weight2.shape) <= _WIDEST:
         from . import triton_impl  # only here: triton is not installed everywhere
 
         return triton_impl
@@ -69,7 +72,7 @@ def _map_body(
 ) -> tuple[Tensor, Tensor]:
     layers = weight1, bias1, weight2, bias2, weight3, bias3
     operands = _contiguous(x, *layers, log_scale, bias, gain, log_det)
-    implementation = _implementation(x, weight2.shape[0], *operands[1:])
+    implementation = _implementation(x, weight2, *operands[1:])
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
 
@@ -78,7 +81,7 @@ def _gradients_eager(
 ) -> tuple[Tensor | None, ...]:
     *parameters, form, flip, inverse = others
     operands = _contiguous(grad, grad_log_det, out, *parameters)
-    implementation = _implementation(out, parameters[2].shape[0], *operands)
+    implementation = _implementation(out, parameters[2], *operands)
     return implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
 
 

@@ -1,18 +1,21 @@
 """Triton kernels and their launchers: contiguous tensors in, tensors out, as in reference.py.
 
-A program owns blocks of ROWS samples, from x to y. The first hidden layer of a block is one tile in
-registers; of the second, UNITS units are made at a time and go straight into raw and shift. The
-backward makes the same tiles again and multiplies them into the gradients of the weights. Those of a
-program are added up in its own row of `partials`, in the order of its blocks, and the rows are then
-added in a fixed order: nothing is accumulated atomically.
+A program owns blocks of ROWS samples, from x to y. Of the first hidden layer, UNITS units are made at a
+time and go straight into the second, which the program leaves in scratch memory of its own that its next
+block overwrites, and takes from there UNITS units at a time: tiles stay small, and so do the registers
+they take. The backward is two kernels, of the coupling and of the conditioner, each of which makes the
+hidden layers again. Gradients of parameters are added up in a program's own row of `partials`, in the
+order of its blocks, and the rows are then added in a fixed order: nothing is accumulated atomically.
 
-Every product is a tl.dot whose sizes are padded to at least 16. Weights are read as they lie.
+Every product is a tl.dot of sizes padded to powers of two of at least 16. Parameters are padded with
+zeros before, in the type of x where they enter a product, so that nothing of them is masked.
 """
 
 import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,26 +34,15 @@ from .reference import Gradients
 
 __all__ = ["gradients", "map"]
 
-
 # --- tiles ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _matrix(w, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, x):
-    """A tile of a matrix (ROWS, COLUMNS), zero beyond it, in the type of x's elements."""
-    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    at = row[:, None] * COLUMNS + column[None, :]
-    return tl.load(w + at, mask=mask, other=0).to(x.dtype.element_ty)
-
-
-@triton.jit
-def _params_rows(
-    w, j, unit, FIRST: tl.constexpr, MOVED: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr, x
-):  # fmt: skip
-    """Rows FIRST + STEP · j of the last layer's weights: those of raw, or of shift."""
-    mask = (j < MOVED)[:, None] & (unit < UNITS)[None, :]
-    at = (FIRST + STEP * j)[:, None] * UNITS + unit[None, :]
-    return tl.load(w + at, mask=mask, other=0).to(x.dtype.element_ty)
+def _place(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to ROWS rows and COLUMNS columns, from `row` and `column` on, of a matrix of WIDTH
+    columns."""
+    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return matrix + (r[:, None] * WIDTH + c[None, :])
 
 
 @triton.jit
@@ -59,23 +51,54 @@ def _product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _layer(a, w, b, x, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """relu(a wᵀ + b), in the type of x's elements."""
-    pre = tl.zeros((a.shape[0], w.shape[0]), ACC)
-    pre = _product(a, tl.trans(w), pre, PRECISION, ACC) + b
-    return tl.maximum(pre, 0.0).to(x.dtype.element_ty)
+def _hidden(
+    a, w1, b1, w2, b2, held1, held2, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
+    H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The second hidden layer, and the first if there is memory for it, from the conditioner's input."""
+    pre = tl.zeros((ROWS, H2_BLOCK), ACC)
+    for start in range(0, H1_BLOCK, UNITS):
+        h1 = tl.zeros((ROWS, UNITS), ACC)
+        w = tl.load(_place(w1, 0, start, KEPT_BLOCK, UNITS, H1_BLOCK))
+        h1 = _product(a, w, h1, PRECISION, ACC) + tl.load(b1 + start + tl.arange(0, UNITS))[None, :]
+        h1 = tl.maximum(h1, 0.0).to(a.dtype)
+        if held1 is not None:
+            tl.store(_place(held1, 0, start, ROWS, UNITS, H1_BLOCK), h1)
+        w = tl.load(_place(w2, start, 0, UNITS, H2_BLOCK, H2_BLOCK))
+        pre = _product(h1, w, pre, PRECISION, ACC)
+    pre += tl.load(b2 + tl.arange(0, H2_BLOCK))[None, :]
+    h2 = tl.maximum(pre, 0.0).to(a.dtype)
+    tl.store(_place(held2, 0, 0, ROWS, H2_BLOCK, H2_BLOCK), h2)
+    tl.debug_barrier()  # all threads of the program now see what is held
 
 
 @triton.jit
-def _kept_part(
-    x, log_scale, bias, row, k, samples, CHANNELS: tl.constexpr, MOVED: tl.constexpr,
-    FLIP: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr, ACC: tl.constexpr,
+def _raw_and_shift(
+    held, w_raw, w_shift, b_raw, b_shift, FACTOR: tl.constexpr, ROWS: tl.constexpr,
+    MOVED_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The conditioner's input, (ROWS, len(k)): the identity part of x, after actnorm if it is given."""
-    live = k < CHANNELS - MOVED
-    mask = (row < samples)[:, None] & live[None, :]
-    column = k + (MOVED if FLIP else 0)
-    v = tl.load(x + row[:, None] * CHANNELS + column[None, :], mask=mask, other=0)
+    raw = tl.zeros((ROWS, MOVED_BLOCK), ACC)
+    shift = tl.zeros((ROWS, MOVED_BLOCK), ACC)
+    for start in range(0, H2_BLOCK, UNITS):
+        h = tl.load(_place(held, 0, start, ROWS, UNITS, H2_BLOCK))
+        w = tl.load(_place(w_raw, start, 0, UNITS, MOVED_BLOCK, MOVED_BLOCK))
+        raw = _product(h, w, raw, PRECISION, ACC)
+        w = tl.load(_place(w_shift, start, 0, UNITS, MOVED_BLOCK, MOVED_BLOCK))
+        shift = _product(h, w, shift, PRECISION, ACC)
+    j = tl.arange(0, MOVED_BLOCK)
+    raw += tl.load(b_raw + j)[None, :]
+    shift += tl.load(b_shift + j)[None, :]
+    return raw * FACTOR, shift * FACTOR
+
+
+@triton.jit
+def _conditioner_input(
+    x, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST: tl.constexpr, ACC: tl.constexpr
+):
+    """The identity part of x, after actnorm if that is given, in the type of x."""
+    v = tl.load(x + at, mask=mask, other=0)
     if log_scale is not None:
         lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
         u = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST)
@@ -83,78 +106,55 @@ def _kept_part(
     return v
 
 
-@triton.jit
-def _raw_and_shift(
-    h1, w2, b2, w3, b3, j, x,
-    MOVED: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H1_BLOCK: tl.constexpr,
-    UNITS: tl.constexpr, CHUNKS: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr,
-    STEP: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """raw and shift of every row and entry j, from the first hidden layer."""
-    raw = tl.zeros((h1.shape[0], j.shape[0]), ACC)
-    shift = tl.zeros((h1.shape[0], j.shape[0]), ACC)
-    for chunk in range(CHUNKS):
-        unit = chunk * UNITS + tl.arange(0, UNITS)
-        w = _matrix(w2, unit, tl.arange(0, H1_BLOCK), H2, H1, x)
-        h2 = _layer(h1, w, _spread(b2, unit, unit < H2, ACC), x, PRECISION, ACC)
-        w_raw = _params_rows(w3, j, unit, RAW, MOVED, STEP, H2, x)
-        raw = _product(h2, tl.trans(w_raw), raw, PRECISION, ACC)
-        w_shift = _params_rows(w3, j, unit, SHIFT, MOVED, STEP, H2, x)
-        shift = _product(h2, tl.trans(w_shift), shift, PRECISION, ACC)
-    live = j < MOVED
-    raw += _spread(b3, RAW + STEP * j, live, ACC)
-    shift += _spread(b3, SHIFT + STEP * j, live, ACC)
-    return raw * FACTOR, shift * FACTOR
-
-
 # --- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=("samples",))
 def _map_kernel(
-    x, w1, b1, w2, b2, w3, b3, log_scale, bias, gain, log_det, out, total, samples,
+    x, w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift, log_scale, bias, gain, log_det, out, total,
+    scratch, samples,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
-    H1: tl.constexpr, H2: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
     ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr, MOVED_BLOCK: tl.constexpr,
-    H1_BLOCK: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
+    H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program maps ROWS samples."""
     KEPT: tl.constexpr = CHANNELS - MOVED
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < samples)[:, None]
-    at_row = row[:, None] * CHANNELS
-    k, j, unit = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK), tl.arange(0, H1_BLOCK)
-    if INVERSE:
-        a = _kept_part(x, None, None, row, k, samples, CHANNELS, MOVED, FLIP, False, ACC)
-    else:
-        a = _kept_part(
-            x, log_scale, bias, row, k, samples, CHANNELS, MOVED, FLIP, NORM_SHIFT_FIRST, ACC
-        )
-    w = _matrix(w1, unit, k, H1, KEPT, x)
-    h1 = _layer(a, w, _spread(b1, unit, unit < H1, ACC), x, PRECISION, ACC)
+    k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
 
-    live = k < KEPT
-    column = k + (MOVED if FLIP else 0)
-    v = tl.load(x + at_row + column[None, :], mask=inside & live[None, :], other=0).to(ACC)
-    if log_scale is not None:
-        lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
-        v = _affine(v, lam, b, INVERSE, NORM_SHIFT_FIRST)
-    tl.store(out + at_row + column[None, :], v, mask=inside & live[None, :])
-
-    live = j < MOVED
+    live, column = k < KEPT, k + (MOVED if FLIP else 0)
     mask = inside & live[None, :]
+    at = row[:, None] * CHANNELS + column[None, :]
+    if INVERSE:
+        a = _conditioner_input(x, None, None, at, mask, column, live, False, ACC)
+    else:
+        a = _conditioner_input(x, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC)
+    v = a
+    if log_scale is not None:
+        if INVERSE:
+            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+            v = _affine(a.to(ACC), lam, b, True, NORM_SHIFT_FIRST).to(a.dtype)
+    tl.store(out + at, v, mask=mask)
+
+    held = scratch + tl.program_id(0).to(tl.int64) * (ROWS * H2_BLOCK)
+    _hidden(
+        a, w1, b1, w2, b2, None, held, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+    )
     raw, t = _raw_and_shift(
-        h1, w2, b2, w3, b3, j, x, MOVED, H1, H2, H1_BLOCK, UNITS, CHUNKS, RAW, SHIFT, STEP, FACTOR,
-        PRECISION, ACC,
+        held, w_raw, w_shift, b_raw, b_shift, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS, PRECISION,
+        ACC,
     )  # fmt: skip
     s, _ = _squash(raw, SCALE, CLAMP, EPS, ACC)
+    live, column = j < MOVED, j + (0 if FLIP else KEPT)
+    mask = inside & live[None, :]
+    at = row[:, None] * CHANNELS + column[None, :]
     if gain is not None:
         s *= _spread(gain, j, live, ACC)
-    column = j + (0 if FLIP else KEPT)
-    v = tl.load(x + at_row + column[None, :], mask=mask, other=0).to(ACC)
+    v = tl.load(x + at, mask=mask, other=0).to(ACC)
     if log_scale is not None:
         lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
         if not INVERSE:
@@ -163,11 +163,11 @@ def _map_kernel(
     if log_scale is not None:
         if INVERSE:
             v = _affine(v, lam, b, True, NORM_SHIFT_FIRST)
-    tl.store(out + at_row + column[None, :], v, mask=mask)
+    tl.store(out + at, v, mask=mask)
 
     own = tl.sum(tl.where(mask, s, 0.0), axis=1)
     if log_scale is not None:
-        channel = tl.arange(0, 2 * (KEPT_BLOCK if KEPT > MOVED else MOVED_BLOCK))
+        channel = tl.arange(0, 128)
         own += tl.sum(tl.load(log_scale + channel, mask=channel < CHANNELS, other=0).to(ACC), axis=0)
     if INVERSE:
         own = -own
@@ -177,163 +177,196 @@ def _map_kernel(
 
 
 @triton.jit
-def _add(to, value, mask, again):
-    """Add to what this program wrote there, if it is there `again`."""
-    tl.store(to, tl.load(to, mask=mask & again, other=0) + value, mask=mask)
+def _add(to, value):
+    tl.store(to, tl.load(to) + value)
 
 
 @triton.jit
-def _add_rows(to, tile, mask, again):
-    """The same with the sum of a tile over its rows."""
-    _add(to, tl.sum(tile, axis=0), mask, again)
+def _add_sum(to, tile, BLOCK: tl.constexpr):
+    """Add the sum of a tile over its rows."""
+    _add(to + tl.arange(0, BLOCK), tl.sum(tile, axis=0))
 
 
 @triton.jit
-def _add_matrix(
-    to, a, b, row, column, inside, live, again, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """The same with aᵀ b, at the rows and columns of a matrix."""
-    total = tl.zeros((a.shape[1], b.shape[1]), ACC)
-    total = _product(tl.trans(a), b, total, PRECISION, ACC)
-    at = row[:, None] * COLUMNS + column[None, :]
-    _add(to + at, total, inside[:, None] & live[None, :], again)
+def _add_product(
+    to, a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """Add aᵀ b."""
+    total = tl.zeros((ROWS, COLUMNS), ACC)
+    _add(to, _product(tl.trans(a), b, total, PRECISION, ACC))
 
 
 @triton.jit(do_not_specialize=("samples", "iterations"))
-def _gradients_kernel(
-    grad_out, grad_log_det, out, w1, b1, w2, b2, w3, b3, log_scale, bias, gain, grad_in, partials,
-    samples, iterations,
+def _coupling_backward_kernel(
+    grad_out, grad_log_det, out, w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift,
+    log_scale, bias, gain, grad_in, grad_params, scratch, partials, samples, iterations,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
-    H1: tl.constexpr, H2: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
     ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr, MOVED_BLOCK: tl.constexpr,
-    H1_BLOCK: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, PARTIAL: tl.constexpr,
+    H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `iterations` blocks of ROWS samples. Its row of partials has the gradients of the
-    parameters one after another, in the order of the operands."""
+    """The transformed part of the input's gradient, that of raw and shift, (samples, 2, MOVED_BLOCK), and
+    sums for log_scale, bias, gain and both halves of bias3. A program takes `iterations` blocks."""
     KEPT: tl.constexpr = CHANNELS - MOVED
     program = tl.program_id(0).to(tl.int64)
-    to_w1 = partials + program * PARTIAL
-    to_b1 = to_w1 + H1 * KEPT
-    to_w2 = to_b1 + H1
-    to_b2 = to_w2 + H2 * H1
-    to_w3 = to_b2 + H2
-    to_b3 = to_w3 + 2 * MOVED * H2
-    to_log_scale = to_b3 + 2 * MOVED
-    to_bias = to_log_scale + CHANNELS
-    to_gain = to_log_scale if log_scale is None else to_bias + CHANNELS
-    k, j, unit = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK), tl.arange(0, H1_BLOCK)
-    kept, moved = k + (MOVED if FLIP else 0), j + (0 if FLIP else KEPT)
-    live_kept, live_moved = k < KEPT, j < MOVED
+    held = scratch + program * (ROWS * H2_BLOCK)
+    sums = partials + program * (5 * MOVED_BLOCK)
+    k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
     for i in range(iterations):
-        again = i > 0
         row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
         inside = (row < samples)[:, None]
-        at_row = row[:, None] * CHANNELS
-
         # The conditioner again. Its input is actnorm's output in the forward, the given y in the inverse.
+        live, column = k < KEPT, k + (MOVED if FLIP else 0)
+        mask = inside & live[None, :]
+        at = row[:, None] * CHANNELS + column[None, :]
         if INVERSE:
-            a = _kept_part(
-                out, log_scale, bias, row, k, samples, CHANNELS, MOVED, FLIP, NORM_SHIFT_FIRST, ACC
+            a = _conditioner_input(
+                out, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC
             )
         else:
-            a = _kept_part(out, None, None, row, k, samples, CHANNELS, MOVED, FLIP, False, ACC)
-        first = _matrix(w1, unit, k, H1, KEPT, out)
-        h1 = _layer(a, first, _spread(b1, unit, unit < H1, ACC), out, PRECISION, ACC)
+            a = _conditioner_input(out, None, None, at, mask, column, live, False, ACC)
+        _hidden(
+            a, w1, b1, w2, b2, None, held, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+        )
         raw, t = _raw_and_shift(
-            h1, w2, b2, w3, b3, j, out, MOVED, H1, H2, H1_BLOCK, UNITS, CHUNKS, RAW, SHIFT, STEP,
-            FACTOR, PRECISION, ACC,
+            held, w_raw, w_shift, b_raw, b_shift, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
+            PRECISION, ACC,
         )  # fmt: skip
 
         # The coupling. Rows without a sample are given zeros, whose exponentials cannot overflow.
-        mask = inside & live_moved[None, :]
+        live, column = j < MOVED, j + (0 if FLIP else KEPT)
+        mask = inside & live[None, :]
+        at = row[:, None] * CHANNELS + column[None, :]
         raw, t = tl.where(mask, raw, 0.0), tl.where(mask, t, 0.0)
-        g_log_det = tl.load(grad_log_det + row, mask=row < samples, other=0).to(ACC)
-        if INVERSE:
-            g_log_det = -g_log_det
+        g_log_det = tl.load(grad_log_det + row, mask=row < samples, other=0).to(ACC)[:, None]
         f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
         s = f
         if gain is not None:
-            bound = _spread(gain, j, live_moved, ACC)
+            bound = _spread(gain, j, live, ACC)
             s = bound * f
-        at = at_row + moved[None, :]
         v = tl.load(out + at, mask=mask, other=0).to(ACC)
         g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
         if log_scale is not None:
-            lam, b = _spread(log_scale, moved, live_moved, ACC), _spread(bias, moved, live_moved, ACC)
+            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
             if INVERSE:
                 v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, True, NORM_SHIFT_FIRST)
         v, g, grad_s, grad_t = _affine_backward(v, g, s, t, INVERSE, SHIFT_FIRST)
-        grad_s += g_log_det[:, None]
+        grad_s = tl.where(mask, grad_s - g_log_det if INVERSE else grad_s + g_log_det, 0.0)
         if gain is not None:
-            _add_rows(to_gain + j, tl.where(mask, grad_s * f, 0.0), live_moved, again)
+            _add_sum(sums + 2 * MOVED_BLOCK, grad_s * f, MOVED_BLOCK)
             grad_s *= bound
         if log_scale is not None:
             if not INVERSE:
                 v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, False, NORM_SHIFT_FIRST)
-            _add_rows(to_log_scale + moved, grad_lam + g_log_det[:, None], live_moved, again)
-            _add_rows(to_bias + moved, grad_b, live_moved, again)
+            _add_sum(sums, grad_lam, MOVED_BLOCK)
+            _add_sum(sums + MOVED_BLOCK, grad_b, MOVED_BLOCK)
         tl.store(grad_in + at, g, mask=mask)
-        grad_raw = tl.where(mask, grad_s * slope * FACTOR, 0.0)
-        grad_t = tl.where(mask, grad_t * FACTOR, 0.0)
-        _add_rows(to_b3 + RAW + STEP * j, grad_raw, live_moved, again)
-        _add_rows(to_b3 + SHIFT + STEP * j, grad_t, live_moved, again)
-        g_raw, g_shift = grad_raw.to(out.dtype.element_ty), grad_t.to(out.dtype.element_ty)
+        grad_raw, grad_t = grad_s * slope * FACTOR, tl.where(mask, grad_t * FACTOR, 0.0)
+        _add_sum(sums + 3 * MOVED_BLOCK, grad_raw, MOVED_BLOCK)
+        _add_sum(sums + 4 * MOVED_BLOCK, grad_t, MOVED_BLOCK)
+        to = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
+        tl.store(to, grad_raw, mask=inside)
+        tl.store(to + MOVED_BLOCK, grad_t, mask=inside)
+        tl.debug_barrier()  # sums are seen by all threads; nobody reads any more what is held
+
+
+@triton.jit(do_not_specialize=("samples", "iterations"))
+def _conditioner_backward_kernel(
+    grad_out, out, grad_params, w1, b1, w2, b2, w1_back, w2_back, w_raw_back, w_shift_back,
+    log_scale, bias, grad_in, scratch, partials, samples, iterations,
+    CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
+    NORM_SHIFT_FIRST: tl.constexpr, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
+    MOVED_BLOCK: tl.constexpr, H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr,
+    UNITS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The identity part of the input's gradient, and sums for weights and biases of the layers, and of
+    actnorm. A program takes `iterations` blocks; its row of partials: `_Plan.sizes`."""
+    KEPT: tl.constexpr = CHANNELS - MOVED
+    program = tl.program_id(0).to(tl.int64)
+    held1 = scratch + program * (ROWS * (H1_BLOCK + H2_BLOCK))
+    held2 = held1 + ROWS * H1_BLOCK
+    to_w1 = partials + program * PARTIAL
+    to_w2 = to_w1 + H1_BLOCK * KEPT_BLOCK
+    to_raw = to_w2 + H2_BLOCK * H1_BLOCK
+    to_shift = to_raw + MOVED_BLOCK * H2_BLOCK
+    to_b1 = to_shift + MOVED_BLOCK * H2_BLOCK
+    to_b2 = to_b1 + H1_BLOCK
+    to_norm = to_b2 + H2_BLOCK
+    k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
+    live, column = k < KEPT, k + (MOVED if FLIP else 0)
+    for i in range(iterations):
+        row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
+        inside = (row < samples)[:, None]
+        mask = inside & live[None, :]
+        at = row[:, None] * CHANNELS + column[None, :]
+        if INVERSE:
+            a = _conditioner_input(
+                out, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC
+            )
+        else:
+            a = _conditioner_input(out, None, None, at, mask, column, live, False, ACC)
+        _hidden(
+            a, w1, b1, w2, b2, held1, held2, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION,
+            ACC,
+        )  # fmt: skip
 
         # Through the last two layers, so many units of the second hidden layer at a time.
+        of_params = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
         grad_h1 = tl.zeros((ROWS, H1_BLOCK), ACC)
-        for chunk in range(CHUNKS):
-            unit2 = chunk * UNITS + tl.arange(0, UNITS)
-            live2 = unit2 < H2
-            w = _matrix(w2, unit2, unit, H2, H1, out)
-            h2 = _layer(h1, w, _spread(b2, unit2, live2, ACC), out, PRECISION, ACC)
-            _add_matrix(
-                to_w3 + RAW * H2, g_raw, h2, STEP * j, unit2, live_moved, live2, again, H2,
-                PRECISION, ACC,
-            )  # fmt: skip
-            _add_matrix(
-                to_w3 + SHIFT * H2, g_shift, h2, STEP * j, unit2, live_moved, live2, again, H2,
-                PRECISION, ACC,
-            )  # fmt: skip
+        for start in range(0, H2_BLOCK, UNITS):
+            h = tl.load(_place(held2, 0, start, ROWS, UNITS, H2_BLOCK))
             grad_h2 = tl.zeros((ROWS, UNITS), ACC)
-            w_raw = _params_rows(w3, j, unit2, RAW, MOVED, STEP, H2, out)
-            grad_h2 = _product(g_raw, w_raw, grad_h2, PRECISION, ACC)
-            w_shift = _params_rows(w3, j, unit2, SHIFT, MOVED, STEP, H2, out)
-            grad_h2 = _product(g_shift, w_shift, grad_h2, PRECISION, ACC)
-            grad_h2 = tl.where(h2 > 0, grad_h2, 0.0)
-            _add_rows(to_b2 + unit2, grad_h2, live2, again)
-            g2 = grad_h2.to(out.dtype.element_ty)
-            _add_matrix(
-                to_w2, g2, h1, unit2, unit, live2, unit < H1, again, H1, PRECISION, ACC
-            )
-            grad_h1 = _product(g2, w, grad_h1, PRECISION, ACC)
+            g = tl.load(of_params, mask=inside, other=0)
+            at_raw = _place(to_raw, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
+            _add_product(at_raw, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
+            w = tl.load(_place(w_raw_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
+            grad_h2 = _product(g, w, grad_h2, PRECISION, ACC)
+            g = tl.load(of_params + MOVED_BLOCK, mask=inside, other=0)
+            at_shift = _place(to_shift, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
+            _add_product(at_shift, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
+            w = tl.load(_place(w_shift_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
+            grad_h2 = _product(g, w, grad_h2, PRECISION, ACC)
+            grad_h2 = tl.where(h > 0, grad_h2, 0.0)
+            _add_sum(to_b2 + start, grad_h2, UNITS)
+            g2 = grad_h2.to(a.dtype)
+            for first in range(0, H1_BLOCK, UNITS):
+                h1 = tl.load(_place(held1, 0, first, ROWS, UNITS, H1_BLOCK))
+                at_w2 = _place(to_w2, start, first, UNITS, UNITS, H1_BLOCK)
+                _add_product(at_w2, g2, h1, UNITS, UNITS, PRECISION, ACC)
+            w_whole = tl.load(_place(w2_back, start, 0, UNITS, H1_BLOCK, H1_BLOCK))
+            grad_h1 = _product(g2, w_whole, grad_h1, PRECISION, ACC)
 
-        # Through the first, and actnorm of the identity part.
-        grad_h1 = tl.where(h1 > 0, grad_h1, 0.0)
-        _add_rows(to_b1 + unit, grad_h1, unit < H1, again)
-        g1 = grad_h1.to(out.dtype.element_ty)
-        _add_matrix(to_w1, g1, a, unit, k, unit < H1, live_kept, again, KEPT, PRECISION, ACC)
-        first = _matrix(w1, unit, k, H1, KEPT, out)
+        # Through the first, whose gradient takes its place in memory.
+        place = _place(held1, 0, 0, ROWS, H1_BLOCK, H1_BLOCK)
+        grad_h1 = tl.where(tl.load(place) > 0, grad_h1, 0.0)
+        _add_sum(to_b1, grad_h1, H1_BLOCK)
+        tl.debug_barrier()
+        tl.store(place, grad_h1)
+        tl.debug_barrier()
         grad_a = tl.zeros((ROWS, KEPT_BLOCK), ACC)
-        grad_a = _product(g1, first, grad_a, PRECISION, ACC)
-        mask = inside & live_kept[None, :]
-        at = at_row + kept[None, :]
-        g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
+        for start in range(0, H1_BLOCK, UNITS):
+            g1 = tl.load(_place(held1, 0, start, ROWS, UNITS, H1_BLOCK))
+            at_w1 = _place(to_w1, start, 0, UNITS, KEPT_BLOCK, KEPT_BLOCK)
+            _add_product(at_w1, g1, a, UNITS, KEPT_BLOCK, PRECISION, ACC)
+            w_first = tl.load(_place(w1_back, start, 0, UNITS, KEPT_BLOCK, KEPT_BLOCK))
+            grad_a = _product(g1, w_first, grad_a, PRECISION, ACC)
+
+        # Actnorm of the identity part.
+        v = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
         if not INVERSE:
-            g += grad_a
+            v += grad_a
         if log_scale is not None:
-            v = tl.load(out + at, mask=mask, other=0).to(ACC)
-            lam, b = _spread(log_scale, kept, live_kept, ACC), _spread(bias, kept, live_kept, ACC)
-            v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, INVERSE, NORM_SHIFT_FIRST)
-            _add_rows(to_log_scale + kept, grad_lam + g_log_det[:, None], live_kept, again)
-            _add_rows(to_bias + kept, grad_b, live_kept, again)
+            y = tl.load(out + at, mask=mask, other=0).to(ACC)
+            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+            _, v, grad_lam, grad_b = _affine_backward(y, v, lam, b, INVERSE, NORM_SHIFT_FIRST)
+            _add_sum(to_norm, grad_lam, KEPT_BLOCK)
+            _add_sum(to_norm + KEPT_BLOCK, grad_b, KEPT_BLOCK)
         if INVERSE:
-            g += grad_a
-        tl.store(grad_in + at, g, mask=mask)
-        tl.debug_barrier()  # what is in partials is now seen by all threads of the program
+            v += grad_a
+        tl.store(grad_in + at, v, mask=mask)
+        tl.debug_barrier()  # as in the kernel above
 
 
 # --- plans: by shape and type alone, so that sums are the same on every machine --------------------
@@ -342,33 +375,62 @@ _PROGRAMS = 256  # of a backward, at most: two for each multiprocessor of the la
 
 
 class _Plan(NamedTuple):
+    """How a coupling is cut into tiles."""
+
     channels: int
     moved: int
     hidden1: int
     hidden2: int
-    double: bool
+    dtype: torch.dtype
+
+    @property
+    def double(self) -> bool:
+        return self.dtype == torch.float64
+
+    @property
+    def exact(self) -> bool:
+        """Whether what enters a product has more than 16 bits, and takes as many more registers."""
+        return self.dtype.itemsize > 2
 
     @property
     def rows(self) -> int:
-        return 16 if self.double else 32
+        return 16 if self.double or (self.exact and max(self.blocks) > 64) else 32
+
+    @property
+    def kept_block(self) -> int:
+        return _block(self.channels - self.moved)
+
+    @property
+    def moved_block(self) -> int:
+        return _block(self.moved)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Both hidden layers, padded."""
+        return _block(self.hidden1), _block(self.hidden2)
+
+    def sizes(self) -> list[int]:
+        """A row of partials: gradients of weight1, of weight2, of weight3's rows for raw and for shift, of
+        bias1 and bias2, and of the identity part's log_scale and bias."""
+        kept, moved, (first, second) = self.kept_block, self.moved_block, self.blocks
+        matrices = [first * kept, second * first, moved * second, moved * second]
+        return [*matrices, first, second, 2 * kept]
 
     def constants(self) -> dict[str, Any]:
-        units = min(_block(self.hidden2), 16 if self.double else 32)
+        first, second = self.blocks
         return {
             "CHANNELS": self.channels,
             "MOVED": self.moved,
-            "H1": self.hidden1,
-            "H2": self.hidden2,
             "ROWS": self.rows,
-            "KEPT_BLOCK": _block(self.channels - self.moved),
-            "MOVED_BLOCK": _block(self.moved),
-            "H1_BLOCK": _block(self.hidden1),
-            "UNITS": units,
-            "CHUNKS": triton.cdiv(self.hidden2, units),
+            "KEPT_BLOCK": self.kept_block,
+            "MOVED_BLOCK": self.moved_block,
+            "H1_BLOCK": first,
+            "H2_BLOCK": second,
+            "UNITS": min(first, second, 32),
             # Three products of TF32, and float32's accuracy; `launch` changes it for other chips.
             "PRECISION": "ieee" if self.double else "tf32x3",
             "ACC": tl.float64 if self.double else tl.float32,
-            "num_warps": 8 if max(self.hidden1, self.hidden2) > 64 else 4,
+            "num_warps": 8 if max(first, second) > 64 else 4,
             "num_stages": 1,
             "maxnreg": 255,
         }
@@ -379,25 +441,60 @@ def _block(length: int) -> int:
 
 
 @functools.cache
-def _plan(
-    x_shape: torch.Size, weight2_shape: torch.Size, outputs: int, dtype: torch.dtype
-) -> _Plan:
-    hidden2, hidden1 = weight2_shape
-    return _Plan(x_shape[1], outputs // 2, hidden1, hidden2, dtype == torch.float64)
+def _plan(size: int, outputs: int, hidden: torch.Size, dtype: torch.dtype) -> _Plan:
+    second, first = hidden
+    return _Plan(size, outputs // 2, first, second, dtype)
 
 
-def _choices(form: CouplingForm, moved: int, flip: bool, inverse: bool) -> dict[str, Any]:
-    """Constants of the form; raw and shift of entry j are outputs RAW + STEP · j and SHIFT + STEP · j."""
-    constants = _form_constants(form)
-    interleaved, scale_leads = constants.pop("INTERLEAVED"), constants.pop("SCALE_LEADS")
-    second = 1 if interleaved else moved
-    return constants | {
-        "RAW": 0 if scale_leads else second,
-        "SHIFT": second if scale_leads else 0,
-        "STEP": 2 if interleaved else 1,
-        "FLIP": flip,
-        "INVERSE": inverse,
-    }
+def _choices(form: CouplingForm, flip: bool, inverse: bool) -> dict[str, Any]:
+    constants = _form_constants(form) | {"FLIP": flip, "INVERSE": inverse}
+    del constants["INTERLEAVED"], constants["SCALE_LEADS"]
+    return constants
+
+
+# --- parameters, padded ----------------------------------------------------------------------------
+
+
+def _halves(v: Tensor, form: CouplingForm) -> tuple[Tensor, Tensor]:
+    """The rows of weight3, or the entries of bias3, that make raw, and those that make shift."""
+    first, second = (v[0::2], v[1::2]) if form.interleaved else v.chunk(2)
+    return (first, second) if form.leading == "scale" else (second, first)
+
+
+def _join(raw: Tensor, shift: Tensor, form: CouplingForm) -> Tensor:
+    """The inverse of `_halves`, for gradients."""
+    pair = (raw, shift) if form.leading == "scale" else (shift, raw)
+    return torch.stack(pair, dim=1).flatten(0, 1) if form.interleaved else torch.cat(pair)
+
+
+def _padded(v: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    missing = [n for size, of in zip(shape, v.shape, strict=True) for n in (size - of, 0)]
+    return F.pad(v.to(dtype), missing[::-1]).contiguous()
+
+
+def _layers(
+    plan: _Plan,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    form: CouplingForm,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' operands in the order of the kernels, (inputs, outputs), and (outputs, inputs)."""
+    kept, moved, (first, second) = plan.kept_block, plan.moved_block, plan.blocks
+    acc = accumulate_dtype(x)
+    back = [
+        _padded(weight1, x.dtype, first, kept),
+        _padded(weight2, x.dtype, second, first),
+        *(_padded(w, x.dtype, moved, second) for w in _halves(weight3, form)),
+    ]
+    w1, w2, w_raw, w_shift = (w.t().contiguous() for w in back)
+    b1, b2 = _padded(bias1, acc, first), _padded(bias2, acc, second)
+    b_raw, b_shift = (_padded(b, acc, moved) for b in _halves(bias3, form))
+    return [w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift], back
 
 
 # --- launchers -----------------------------------------------------------------------------------
@@ -420,14 +517,16 @@ def map(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     samples = x.shape[0]
-    plan = _plan(x.shape, weight2.shape, weight3.shape[0], x.dtype)
+    plan = _plan(x.shape[1], weight3.shape[0], weight2.shape, x.dtype)
+    layers, _ = _layers(plan, x, weight1, bias1, weight2, bias2, weight3, bias3, form)
     out, total = torch.empty_like(x), x.new_empty(samples, dtype=accumulate_dtype(x))
+    programs = triton.cdiv(samples, plan.rows)
+    scratch = x.new_empty(programs, plan.rows * plan.blocks[1])
     launch(
-        *(_map_kernel, (triton.cdiv(samples, plan.rows),)),
-        *(x, weight1, bias1, weight2, bias2, weight3, bias3, log_scale, bias, gain, log_det),
-        *(out, total, samples),
+        *(_map_kernel, (programs,)),
+        *(x, *layers, log_scale, bias, gain, log_det, out, total, scratch, samples),
         **plan.constants(),
-        **_choices(form, plan.moved, flip, inverse),
+        **_choices(form, flip, inverse),
     )
     return out, total
 
@@ -450,21 +549,52 @@ def gradients(
     inverse: bool,
 ) -> Gradients:
     samples = out.shape[0]
-    plan = _plan(out.shape, weight2.shape, weight3.shape[0], out.dtype)
-    parameters = weight1, bias1, weight2, bias2, weight3, bias3, log_scale, bias, gain
-    sizes = [v.numel() for v in parameters if v is not None]
+    plan = _plan(out.shape[1], weight3.shape[0], weight2.shape, out.dtype)
+    layers, back = _layers(plan, out, weight1, bias1, weight2, bias2, weight3, bias3, form)
     blocks = triton.cdiv(samples, plan.rows)
-    iterations = triton.cdiv(blocks, _PROGRAMS)
-    programs = triton.cdiv(blocks, max(1, iterations))
-    grad_in = torch.empty_like(out)
-    partials = out.new_empty(programs, sum(sizes), dtype=accumulate_dtype(out))
+    iterations = max(1, triton.cdiv(blocks, _PROGRAMS))
+    programs = triton.cdiv(blocks, iterations)
+    acc, options = accumulate_dtype(out), _choices(form, flip, inverse)
+    grad_in, sizes = torch.empty_like(out), plan.sizes()
+    grad_params = out.new_empty(samples, 2 * plan.moved_block)
+    scratch = out.new_empty(programs, plan.rows * sum(plan.blocks))
+    of_moved = out.new_zeros(programs, 5, plan.moved_block, dtype=acc)
+    partials = out.new_zeros(programs, sum(sizes), dtype=acc)
     launch(
-        *(_gradients_kernel, (programs,)),
-        *(grad_out, grad_log_det, out, *parameters, grad_in, partials, samples, iterations),
+        *(_coupling_backward_kernel, (programs,)),
+        *(grad_out, grad_log_det, out, *layers, log_scale, bias, gain, grad_in, grad_params),
+        *(scratch, of_moved, samples, iterations),
         **plan.constants(),
-        **_choices(form, plan.moved, flip, inverse),
+        **options,
+    )
+    launch(
+        *(_conditioner_backward_kernel, (programs,)),
+        *(grad_out, out, grad_params, *layers[:4], *back, log_scale, bias, grad_in, scratch),
+        *(partials, samples, iterations),
+        **plan.constants(),
+        **{name: options[name] for name in ("FLIP", "INVERSE", "NORM_SHIFT_FIRST")},
         PARTIAL=sum(sizes),
     )
-    sums = iter(torch.split_with_sizes_copy(partials.sum(0), sizes))
-    grads = (None if v is None else next(sums).view(v.shape).to(v.dtype) for v in parameters)
-    return grad_in, *grads  # type: ignore[return-value]
+
+    sums = partials.sum(0).split(sizes)
+    w1, w2, w_raw, w_shift = (v.view(w.shape) for v, w in zip(sums[:4], back, strict=True))
+    moved, kept = of_moved.sum(0)[:, : plan.moved], sums[6].view(2, -1)
+    kept = kept[:, : plan.channels - plan.moved]
+    pairs = [(moved[i], kept[i]) if flip else (kept[i], moved[i]) for i in range(2)]
+    through_log_det = grad_log_det.to(acc).sum() * (-1 if inverse else 1)
+    grads = (
+        w1[: plan.hidden1, : plan.channels - plan.moved],
+        sums[4][: plan.hidden1],
+        w2[: plan.hidden2, : plan.hidden1],
+        sums[5][: plan.hidden2],
+        _join(*(w[: plan.moved, : plan.hidden2] for w in (w_raw, w_shift)), form),
+        _join(moved[3], moved[4], form),
+        torch.cat(pairs[0]) + through_log_det,
+        torch.cat(pairs[1]),
+        moved[2],
+    )
+    parameters = weight1, bias1, weight2, bias2, weight3, bias3, log_scale, bias, gain
+    return grad_in, *(  # type: ignore[return-value]
+        None if v is None else torch.empty_like(v).copy_(g)
+        for v, g in zip(parameters, grads, strict=True)
+    )

@@ -71,7 +71,7 @@ def _dense_layers(conditioner: nn.Module, x: Tensor, moved: int) -> tuple[Tensor
         operands += (layer._parameters["weight"], layer._parameters["bias"])
     if any(v.dtype is not torch.float32 for v in operands) or len(operands[5]) != 2 * moved:
         return None
-    if not whole_is_faster(x, len(operands[1])) or torch.is_autocast_enabled(x.device.type):
+    if not whole_is_faster(x, max(second.weight.shape)) or torch.is_autocast_enabled(x.device.type):
         return None
     return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)
 
