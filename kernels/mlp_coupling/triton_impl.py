@@ -8,7 +8,8 @@ hidden layers again. Gradients of parameters are added up in a program's own row
 order of its blocks, and the rows are then added in a fixed order: nothing is accumulated atomically.
 
 Every product is a tl.dot of sizes padded to powers of two of at least 16. Parameters are padded with
-zeros before, in the type of x where they enter a product, so that nothing of them is masked.
+zeros before, in the type of x where they enter a product. So loads need no masks: beyond a part, and
+beyond the last sample, they repeat the last element, which meets a zero among the weights or gradients.
 """
 
 import functools
@@ -27,12 +28,16 @@ from ..actnorm_coupling.triton_impl import (
     _affine,
     _affine_backward,
     _form_constants,
-    _spread,
     _squash,
 )
 from .reference import Gradients
 
 __all__ = ["gradients", "map"]
+
+# Not compiled in: so that one kernel serves all batches, and that loops over units stay loops, which
+# unrolled take more registers than there are.
+_SIZES = ("samples", "iterations", "end1", "end2")
+
 
 # --- tiles ---------------------------------------------------------------------------------------
 
@@ -52,13 +57,13 @@ def _product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _hidden(
-    a, w1, b1, w2, b2, held1, held2, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
+    a, w1, b1, w2, b2, held1, held2, end1, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
     H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The second hidden layer, and the first if there is memory for it, from the conditioner's input."""
     pre = tl.zeros((ROWS, H2_BLOCK), ACC)
-    for start in range(0, H1_BLOCK, UNITS):
+    for start in range(0, end1, UNITS):
         h1 = tl.zeros((ROWS, UNITS), ACC)
         w = tl.load(_place(w1, 0, start, KEPT_BLOCK, UNITS, H1_BLOCK))
         h1 = _product(a, w, h1, PRECISION, ACC) + tl.load(b1 + start + tl.arange(0, UNITS))[None, :]
@@ -75,13 +80,13 @@ def _hidden(
 
 @triton.jit
 def _raw_and_shift(
-    held, w_raw, w_shift, b_raw, b_shift, FACTOR: tl.constexpr, ROWS: tl.constexpr,
+    held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR: tl.constexpr, ROWS: tl.constexpr,
     MOVED_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     raw = tl.zeros((ROWS, MOVED_BLOCK), ACC)
     shift = tl.zeros((ROWS, MOVED_BLOCK), ACC)
-    for start in range(0, H2_BLOCK, UNITS):
+    for start in range(0, end2, UNITS):
         h = tl.load(_place(held, 0, start, ROWS, UNITS, H2_BLOCK))
         w = tl.load(_place(w_raw, start, 0, UNITS, MOVED_BLOCK, MOVED_BLOCK))
         raw = _product(h, w, raw, PRECISION, ACC)
@@ -94,25 +99,29 @@ def _raw_and_shift(
 
 
 @triton.jit
+def _vector(pointer, at, ACC: tl.constexpr):
+    return tl.load(pointer + at).to(ACC)[None, :]
+
+
+@triton.jit
 def _conditioner_input(
-    x, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST: tl.constexpr, ACC: tl.constexpr
+    x, log_scale, bias, at, column, NORM_SHIFT_FIRST: tl.constexpr, ACC: tl.constexpr
 ):
     """The identity part of x, after actnorm if that is given, in the type of x."""
-    v = tl.load(x + at, mask=mask, other=0)
+    v = tl.load(x + at)
     if log_scale is not None:
-        lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
-        u = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST)
-        v = tl.where(mask, u, 0.0).to(x.dtype.element_ty)
+        lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
+        v = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST).to(x.dtype.element_ty)
     return v
 
 
 # --- kernels -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=("samples",))
+@triton.jit(do_not_specialize=_SIZES)
 def _map_kernel(
     x, w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift, log_scale, bias, gain, log_det, out, total,
-    scratch, samples,
+    scratch, samples, end1, end2,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
@@ -124,39 +133,40 @@ def _map_kernel(
     KEPT: tl.constexpr = CHANNELS - MOVED
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < samples)[:, None]
+    last = tl.minimum(row, samples - 1)[:, None] * CHANNELS
     k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
 
-    live, column = k < KEPT, k + (MOVED if FLIP else 0)
+    live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
     mask = inside & live[None, :]
-    at = row[:, None] * CHANNELS + column[None, :]
+    at = last + column[None, :]
     if INVERSE:
-        a = _conditioner_input(x, None, None, at, mask, column, live, False, ACC)
+        a = _conditioner_input(x, None, None, at, column, False, ACC)
     else:
-        a = _conditioner_input(x, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC)
+        a = _conditioner_input(x, log_scale, bias, at, column, NORM_SHIFT_FIRST, ACC)
     v = a
     if log_scale is not None:
         if INVERSE:
-            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+            lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
             v = _affine(a.to(ACC), lam, b, True, NORM_SHIFT_FIRST).to(a.dtype)
     tl.store(out + at, v, mask=mask)
 
     held = scratch + tl.program_id(0).to(tl.int64) * (ROWS * H2_BLOCK)
     _hidden(
-        a, w1, b1, w2, b2, None, held, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+        a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
     )
     raw, t = _raw_and_shift(
-        held, w_raw, w_shift, b_raw, b_shift, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS, PRECISION,
+        held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS, PRECISION,
         ACC,
     )  # fmt: skip
     s, _ = _squash(raw, SCALE, CLAMP, EPS, ACC)
-    live, column = j < MOVED, j + (0 if FLIP else KEPT)
+    live, column = j < MOVED, tl.minimum(j, MOVED - 1) + (0 if FLIP else KEPT)
     mask = inside & live[None, :]
-    at = row[:, None] * CHANNELS + column[None, :]
+    at = last + column[None, :]
     if gain is not None:
-        s *= _spread(gain, j, live, ACC)
-    v = tl.load(x + at, mask=mask, other=0).to(ACC)
+        s *= _vector(gain, tl.minimum(j, MOVED - 1), ACC)
+    v = tl.load(x + at).to(ACC)
     if log_scale is not None:
-        lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+        lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
         if not INVERSE:
             v = _affine(v, lam, b, False, NORM_SHIFT_FIRST)
     v = _affine(v, s, t, INVERSE, SHIFT_FIRST)
@@ -196,10 +206,10 @@ def _add_product(
     _add(to, _product(tl.trans(a), b, total, PRECISION, ACC))
 
 
-@triton.jit(do_not_specialize=("samples", "iterations"))
+@triton.jit(do_not_specialize=_SIZES)
 def _coupling_backward_kernel(
     grad_out, grad_log_det, out, w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift,
-    log_scale, bias, gain, grad_in, grad_params, scratch, partials, samples, iterations,
+    log_scale, bias, gain, grad_in, grad_params, scratch, partials, samples, iterations, end1, end2,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
@@ -207,7 +217,7 @@ def _coupling_backward_kernel(
     H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr, UNITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The transformed part of the input's gradient, that of raw and shift, (samples, 2, MOVED_BLOCK), and
+    """The transformed part of the input's gradient, that of raw and shift, (rows, 2, MOVED_BLOCK), and
     sums for log_scale, bias, gain and both halves of bias3. A program takes `iterations` blocks."""
     KEPT: tl.constexpr = CHANNELS - MOVED
     program = tl.program_id(0).to(tl.int64)
@@ -217,43 +227,41 @@ def _coupling_backward_kernel(
     for i in range(iterations):
         row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
         inside = (row < samples)[:, None]
+        last = tl.minimum(row, samples - 1)[:, None] * CHANNELS
         # The conditioner again. Its input is actnorm's output in the forward, the given y in the inverse.
-        live, column = k < KEPT, k + (MOVED if FLIP else 0)
+        live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
         mask = inside & live[None, :]
-        at = row[:, None] * CHANNELS + column[None, :]
+        at = last + column[None, :]
         if INVERSE:
-            a = _conditioner_input(
-                out, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC
-            )
+            a = _conditioner_input(out, log_scale, bias, at, column, NORM_SHIFT_FIRST, ACC)
         else:
-            a = _conditioner_input(out, None, None, at, mask, column, live, False, ACC)
+            a = _conditioner_input(out, None, None, at, column, False, ACC)
         _hidden(
-            a, w1, b1, w2, b2, None, held, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+            a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
         )
         raw, t = _raw_and_shift(
-            held, w_raw, w_shift, b_raw, b_shift, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
+            held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
             PRECISION, ACC,
         )  # fmt: skip
 
-        # The coupling. Rows without a sample are given zeros, whose exponentials cannot overflow.
-        live, column = j < MOVED, j + (0 if FLIP else KEPT)
+        # The coupling. Rows without a sample repeat the last one, with gradients of zero.
+        live, column = j < MOVED, tl.minimum(j, MOVED - 1) + (0 if FLIP else KEPT)
         mask = inside & live[None, :]
-        at = row[:, None] * CHANNELS + column[None, :]
-        raw, t = tl.where(mask, raw, 0.0), tl.where(mask, t, 0.0)
+        at = last + column[None, :]
         g_log_det = tl.load(grad_log_det + row, mask=row < samples, other=0).to(ACC)[:, None]
         f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
         s = f
         if gain is not None:
-            bound = _spread(gain, j, live, ACC)
+            bound = _vector(gain, tl.minimum(j, MOVED - 1), ACC)
             s = bound * f
-        v = tl.load(out + at, mask=mask, other=0).to(ACC)
+        v = tl.load(out + at).to(ACC)
         g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
         if log_scale is not None:
-            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+            lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
             if INVERSE:
                 v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, True, NORM_SHIFT_FIRST)
         v, g, grad_s, grad_t = _affine_backward(v, g, s, t, INVERSE, SHIFT_FIRST)
-        grad_s = tl.where(mask, grad_s - g_log_det if INVERSE else grad_s + g_log_det, 0.0)
+        grad_s += -g_log_det if INVERSE else g_log_det
         if gain is not None:
             _add_sum(sums + 2 * MOVED_BLOCK, grad_s * f, MOVED_BLOCK)
             grad_s *= bound
@@ -263,19 +271,19 @@ def _coupling_backward_kernel(
             _add_sum(sums, grad_lam, MOVED_BLOCK)
             _add_sum(sums + MOVED_BLOCK, grad_b, MOVED_BLOCK)
         tl.store(grad_in + at, g, mask=mask)
-        grad_raw, grad_t = grad_s * slope * FACTOR, tl.where(mask, grad_t * FACTOR, 0.0)
+        grad_raw, grad_t = grad_s * slope * FACTOR, grad_t * FACTOR
         _add_sum(sums + 3 * MOVED_BLOCK, grad_raw, MOVED_BLOCK)
         _add_sum(sums + 4 * MOVED_BLOCK, grad_t, MOVED_BLOCK)
         to = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
-        tl.store(to, grad_raw, mask=inside)
-        tl.store(to + MOVED_BLOCK, grad_t, mask=inside)
+        tl.store(to, grad_raw)
+        tl.store(to + MOVED_BLOCK, grad_t)
         tl.debug_barrier()  # sums are seen by all threads; nobody reads any more what is held
 
 
-@triton.jit(do_not_specialize=("samples", "iterations"))
+@triton.jit(do_not_specialize=_SIZES)
 def _conditioner_backward_kernel(
     grad_out, out, grad_params, w1, b1, w2, b2, w1_back, w2_back, w_raw_back, w_shift_back,
-    log_scale, bias, grad_in, scratch, partials, samples, iterations,
+    log_scale, bias, grad_in, scratch, partials, samples, iterations, end1, end2,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
     MOVED_BLOCK: tl.constexpr, H1_BLOCK: tl.constexpr, H2_BLOCK: tl.constexpr,
@@ -295,35 +303,33 @@ def _conditioner_backward_kernel(
     to_b2 = to_b1 + H1_BLOCK
     to_norm = to_b2 + H2_BLOCK
     k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
-    live, column = k < KEPT, k + (MOVED if FLIP else 0)
+    live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
     for i in range(iterations):
         row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
         inside = (row < samples)[:, None]
-        mask = inside & live[None, :]
-        at = row[:, None] * CHANNELS + column[None, :]
+        last = tl.minimum(row, samples - 1)[:, None] * CHANNELS
+        at = last + column[None, :]
         if INVERSE:
-            a = _conditioner_input(
-                out, log_scale, bias, at, mask, column, live, NORM_SHIFT_FIRST, ACC
-            )
+            a = _conditioner_input(out, log_scale, bias, at, column, NORM_SHIFT_FIRST, ACC)
         else:
-            a = _conditioner_input(out, None, None, at, mask, column, live, False, ACC)
+            a = _conditioner_input(out, None, None, at, column, False, ACC)
         _hidden(
-            a, w1, b1, w2, b2, held1, held2, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION,
+            a, w1, b1, w2, b2, held1, held2, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION,
             ACC,
         )  # fmt: skip
 
         # Through the last two layers, so many units of the second hidden layer at a time.
         of_params = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
         grad_h1 = tl.zeros((ROWS, H1_BLOCK), ACC)
-        for start in range(0, H2_BLOCK, UNITS):
+        for start in range(0, end2, UNITS):
             h = tl.load(_place(held2, 0, start, ROWS, UNITS, H2_BLOCK))
             grad_h2 = tl.zeros((ROWS, UNITS), ACC)
-            g = tl.load(of_params, mask=inside, other=0)
+            g = tl.load(of_params)
             at_raw = _place(to_raw, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
             _add_product(at_raw, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
             w = tl.load(_place(w_raw_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
             grad_h2 = _product(g, w, grad_h2, PRECISION, ACC)
-            g = tl.load(of_params + MOVED_BLOCK, mask=inside, other=0)
+            g = tl.load(of_params + MOVED_BLOCK)
             at_shift = _place(to_shift, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
             _add_product(at_shift, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
             w = tl.load(_place(w_shift_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
@@ -331,7 +337,7 @@ def _conditioner_backward_kernel(
             grad_h2 = tl.where(h > 0, grad_h2, 0.0)
             _add_sum(to_b2 + start, grad_h2, UNITS)
             g2 = grad_h2.to(a.dtype)
-            for first in range(0, H1_BLOCK, UNITS):
+            for first in range(0, end1, UNITS):
                 h1 = tl.load(_place(held1, 0, first, ROWS, UNITS, H1_BLOCK))
                 at_w2 = _place(to_w2, start, first, UNITS, UNITS, H1_BLOCK)
                 _add_product(at_w2, g2, h1, UNITS, UNITS, PRECISION, ACC)
@@ -346,7 +352,7 @@ def _conditioner_backward_kernel(
         tl.store(place, grad_h1)
         tl.debug_barrier()
         grad_a = tl.zeros((ROWS, KEPT_BLOCK), ACC)
-        for start in range(0, H1_BLOCK, UNITS):
+        for start in range(0, end1, UNITS):
             g1 = tl.load(_place(held1, 0, start, ROWS, UNITS, H1_BLOCK))
             at_w1 = _place(to_w1, start, 0, UNITS, KEPT_BLOCK, KEPT_BLOCK)
             _add_product(at_w1, g1, a, UNITS, KEPT_BLOCK, PRECISION, ACC)
@@ -354,12 +360,13 @@ def _conditioner_backward_kernel(
             grad_a = _product(g1, w_first, grad_a, PRECISION, ACC)
 
         # Actnorm of the identity part.
+        mask = inside & live[None, :]
         v = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
         if not INVERSE:
             v += grad_a
         if log_scale is not None:
-            y = tl.load(out + at, mask=mask, other=0).to(ACC)
-            lam, b = _spread(log_scale, column, live, ACC), _spread(bias, column, live, ACC)
+            y = tl.load(out + at).to(ACC)
+            lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
             _, v, grad_lam, grad_b = _affine_backward(y, v, lam, b, INVERSE, NORM_SHIFT_FIRST)
             _add_sum(to_norm, grad_lam, KEPT_BLOCK)
             _add_sum(to_norm + KEPT_BLOCK, grad_b, KEPT_BLOCK)
@@ -524,7 +531,7 @@ def map(
     scratch = x.new_empty(programs, plan.rows * plan.blocks[1])
     launch(
         *(_map_kernel, (programs,)),
-        *(x, *layers, log_scale, bias, gain, log_det, out, total, scratch, samples),
+        *(x, *layers, log_scale, bias, gain, log_det, out, total, scratch, samples, *plan.blocks),
         **plan.constants(),
         **_choices(form, flip, inverse),
     )
@@ -556,21 +563,21 @@ def gradients(
     programs = triton.cdiv(blocks, iterations)
     acc, options = accumulate_dtype(out), _choices(form, flip, inverse)
     grad_in, sizes = torch.empty_like(out), plan.sizes()
-    grad_params = out.new_empty(samples, 2 * plan.moved_block)
+    grad_params = out.new_empty(programs * iterations * plan.rows, 2 * plan.moved_block)
     scratch = out.new_empty(programs, plan.rows * sum(plan.blocks))
     of_moved = out.new_zeros(programs, 5, plan.moved_block, dtype=acc)
     partials = out.new_zeros(programs, sum(sizes), dtype=acc)
     launch(
         *(_coupling_backward_kernel, (programs,)),
         *(grad_out, grad_log_det, out, *layers, log_scale, bias, gain, grad_in, grad_params),
-        *(scratch, of_moved, samples, iterations),
+        *(scratch, of_moved, samples, iterations, *plan.blocks),
         **plan.constants(),
         **options,
     )
     launch(
         *(_conditioner_backward_kernel, (programs,)),
         *(grad_out, out, grad_params, *layers[:4], *back, log_scale, bias, grad_in, scratch),
-        *(partials, samples, iterations),
+        *(partials, samples, iterations, *plan.blocks),
         **plan.constants(),
         **{name: options[name] for name in ("FLIP", "INVERSE", "NORM_SHIFT_FIRST")},
         PARTIAL=sum(sizes),
