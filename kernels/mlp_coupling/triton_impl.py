@@ -192,6 +192,12 @@ def _add(to, value):
 
 
 @triton.jit
+def _store_sum(to, tile, BLOCK: tl.constexpr):
+    """The sum of a tile over its rows."""
+    tl.store(to + tl.arange(0, BLOCK), tl.sum(tile, axis=0))
+
+
+@triton.jit
 def _add_sum(to, tile, BLOCK: tl.constexpr):
     """Add the sum of a tile over its rows."""
     _add(to + tl.arange(0, BLOCK), tl.sum(tile, axis=0))
@@ -209,7 +215,7 @@ def _add_product(
 @triton.jit(do_not_specialize=_SIZES)
 def _coupling_backward_kernel(
     grad_out, grad_log_det, out, w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift,
-    log_scale, bias, gain, grad_in, grad_params, scratch, partials, samples, iterations, end1, end2,
+    log_scale, bias, gain, grad_in, grad_params, scratch, partials, samples, end1, end2,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
     SCALE: tl.constexpr, CLAMP: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     SHIFT_FIRST: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
@@ -218,66 +224,64 @@ def _coupling_backward_kernel(
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The transformed part of the input's gradient, that of raw and shift, (rows, 2, MOVED_BLOCK), and
-    sums for log_scale, bias, gain and both halves of bias3. A program takes `iterations` blocks."""
+    sums for log_scale, bias, gain and both halves of bias3."""
     KEPT: tl.constexpr = CHANNELS - MOVED
     program = tl.program_id(0).to(tl.int64)
     held = scratch + program * (ROWS * H2_BLOCK)
     sums = partials + program * (5 * MOVED_BLOCK)
     k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
-    for i in range(iterations):
-        row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
-        inside = (row < samples)[:, None]
-        last = tl.minimum(row, samples - 1)[:, None] * CHANNELS
-        # The conditioner again. Its input is actnorm's output in the forward, the given y in the inverse.
-        live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
-        mask = inside & live[None, :]
-        at = last + column[None, :]
-        if INVERSE:
-            a = _conditioner_input(out, log_scale, bias, at, column, NORM_SHIFT_FIRST, ACC)
-        else:
-            a = _conditioner_input(out, None, None, at, column, False, ACC)
-        _hidden(
-            a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
-        )
-        raw, t = _raw_and_shift(
-            held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
-            PRECISION, ACC,
-        )  # fmt: skip
+    row = program * ROWS + tl.arange(0, ROWS)
+    inside = (row < samples)[:, None]
+    last = tl.minimum(row, samples - 1)[:, None] * CHANNELS
+    # The conditioner again. Its input is actnorm's output in the forward, the given y in the inverse.
+    live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
+    mask = inside & live[None, :]
+    at = last + column[None, :]
+    if INVERSE:
+        a = _conditioner_input(out, log_scale, bias, at, column, NORM_SHIFT_FIRST, ACC)
+    else:
+        a = _conditioner_input(out, None, None, at, column, False, ACC)
+    _hidden(
+        a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+    )
+    raw, t = _raw_and_shift(
+        held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
+        PRECISION, ACC,
+    )  # fmt: skip
 
-        # The coupling. Rows without a sample repeat the last one, with gradients of zero.
-        live, column = j < MOVED, tl.minimum(j, MOVED - 1) + (0 if FLIP else KEPT)
-        mask = inside & live[None, :]
-        at = last + column[None, :]
-        g_log_det = tl.load(grad_log_det + row, mask=row < samples, other=0).to(ACC)[:, None]
-        f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
-        s = f
-        if gain is not None:
-            bound = _vector(gain, tl.minimum(j, MOVED - 1), ACC)
-            s = bound * f
-        v = tl.load(out + at).to(ACC)
-        g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
-        if log_scale is not None:
-            lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
-            if INVERSE:
-                v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, True, NORM_SHIFT_FIRST)
-        v, g, grad_s, grad_t = _affine_backward(v, g, s, t, INVERSE, SHIFT_FIRST)
-        grad_s += -g_log_det if INVERSE else g_log_det
-        if gain is not None:
-            _add_sum(sums + 2 * MOVED_BLOCK, grad_s * f, MOVED_BLOCK)
-            grad_s *= bound
-        if log_scale is not None:
-            if not INVERSE:
-                v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, False, NORM_SHIFT_FIRST)
-            _add_sum(sums, grad_lam, MOVED_BLOCK)
-            _add_sum(sums + MOVED_BLOCK, grad_b, MOVED_BLOCK)
-        tl.store(grad_in + at, g, mask=mask)
-        grad_raw, grad_t = grad_s * slope * FACTOR, grad_t * FACTOR
-        _add_sum(sums + 3 * MOVED_BLOCK, grad_raw, MOVED_BLOCK)
-        _add_sum(sums + 4 * MOVED_BLOCK, grad_t, MOVED_BLOCK)
-        to = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
-        tl.store(to, grad_raw)
-        tl.store(to + MOVED_BLOCK, grad_t)
-        tl.debug_barrier()  # sums are seen by all threads; nobody reads any more what is held
+    # The coupling. Rows without a sample repeat the last one, with gradients of zero.
+    live, column = j < MOVED, tl.minimum(j, MOVED - 1) + (0 if FLIP else KEPT)
+    mask = inside & live[None, :]
+    at = last + column[None, :]
+    g_log_det = tl.load(grad_log_det + row, mask=row < samples, other=0).to(ACC)[:, None]
+    f, slope = _squash(raw, SCALE, CLAMP, EPS, ACC)
+    s = f
+    if gain is not None:
+        bound = _vector(gain, tl.minimum(j, MOVED - 1), ACC)
+        s = bound * f
+    v = tl.load(out + at).to(ACC)
+    g = tl.load(grad_out + at, mask=mask, other=0).to(ACC)
+    if log_scale is not None:
+        lam, b = _vector(log_scale, column, ACC), _vector(bias, column, ACC)
+        if INVERSE:
+            v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, True, NORM_SHIFT_FIRST)
+    v, g, grad_s, grad_t = _affine_backward(v, g, s, t, INVERSE, SHIFT_FIRST)
+    grad_s += -g_log_det if INVERSE else g_log_det
+    if gain is not None:
+        _store_sum(sums + 2 * MOVED_BLOCK, grad_s * f, MOVED_BLOCK)
+        grad_s *= bound
+    if log_scale is not None:
+        if not INVERSE:
+            v, g, grad_lam, grad_b = _affine_backward(v, g, lam, b, False, NORM_SHIFT_FIRST)
+        _store_sum(sums, grad_lam, MOVED_BLOCK)
+        _store_sum(sums + MOVED_BLOCK, grad_b, MOVED_BLOCK)
+    tl.store(grad_in + at, g, mask=mask)
+    grad_raw, grad_t = grad_s * slope * FACTOR, grad_t * FACTOR
+    _store_sum(sums + 3 * MOVED_BLOCK, grad_raw, MOVED_BLOCK)
+    _store_sum(sums + 4 * MOVED_BLOCK, grad_t, MOVED_BLOCK)
+    to = grad_params + (row[:, None] * (2 * MOVED_BLOCK) + j[None, :])
+    tl.store(to, grad_raw)
+    tl.store(to + MOVED_BLOCK, grad_t)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -373,7 +377,7 @@ def _conditioner_backward_kernel(
         if INVERSE:
             v += grad_a
         tl.store(grad_in + at, v, mask=mask)
-        tl.debug_barrier()  # as in the kernel above
+        tl.debug_barrier()  # sums are seen by all threads; nobody reads any more what is held
 
 
 # --- plans: by shape and type alone, so that sums are the same on every machine --------------------
@@ -437,7 +441,7 @@ class _Plan(NamedTuple):
             # Three products of TF32, and float32's accuracy; `launch` changes it for other chips.
             "PRECISION": "ieee" if self.double else "tf32x3",
             "ACC": tl.float64 if self.double else tl.float32,
-            "num_warps": 8 if max(first, second) > 64 else 4,
+            "num_warps": 8,
             "num_stages": 1,
             "maxnreg": 255,
         }
@@ -564,13 +568,13 @@ def gradients(
     acc, options = accumulate_dtype(out), _choices(form, flip, inverse)
     grad_in, sizes = torch.empty_like(out), plan.sizes()
     grad_params = out.new_empty(programs * iterations * plan.rows, 2 * plan.moved_block)
-    scratch = out.new_empty(programs, plan.rows * sum(plan.blocks))
-    of_moved = out.new_zeros(programs, 5, plan.moved_block, dtype=acc)
+    scratch = out.new_empty(max(blocks * plan.blocks[1], programs * sum(plan.blocks)) * plan.rows)
+    of_moved = out.new_empty(blocks, 5, plan.moved_block, dtype=acc)
     partials = out.new_zeros(programs, sum(sizes), dtype=acc)
     launch(
-        *(_coupling_backward_kernel, (programs,)),
+        *(_coupling_backward_kernel, (blocks,)),
         *(grad_out, grad_log_det, out, *layers, log_scale, bias, gain, grad_in, grad_params),
-        *(scratch, of_moved, samples, iterations, *plan.blocks),
+        *(scratch, of_moved, samples, *plan.blocks),
         **plan.constants(),
         **options,
     )
