@@ -286,7 +286,7 @@ def _coupling_backward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conditioner_backward_kernel(
-    grad_out, out, grad_params, w1, b1, w2, b2, w1_back, w2_back, w_raw_back, w_shift_back,
+    grad_out, out, grad_params, w1, b1, w2, b2, w1_back, w2_back, w3_back,
     log_scale, bias, grad_in, scratch, partials, samples, iterations, end1, end2,
     CHANNELS: tl.constexpr, MOVED: tl.constexpr, FLIP: tl.constexpr, INVERSE: tl.constexpr,
     NORM_SHIFT_FIRST: tl.constexpr, ROWS: tl.constexpr, KEPT_BLOCK: tl.constexpr,
@@ -301,12 +301,11 @@ def _conditioner_backward_kernel(
     held2 = held1 + ROWS * H1_BLOCK
     to_w1 = partials + program * PARTIAL
     to_w2 = to_w1 + H1_BLOCK * KEPT_BLOCK
-    to_raw = to_w2 + H2_BLOCK * H1_BLOCK
-    to_shift = to_raw + MOVED_BLOCK * H2_BLOCK
-    to_b1 = to_shift + MOVED_BLOCK * H2_BLOCK
+    to_w3 = to_w2 + H2_BLOCK * H1_BLOCK
+    to_b1 = to_w3 + 2 * MOVED_BLOCK * H2_BLOCK
     to_b2 = to_b1 + H1_BLOCK
     to_norm = to_b2 + H2_BLOCK
-    k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, MOVED_BLOCK)
+    k, j = tl.arange(0, KEPT_BLOCK), tl.arange(0, 2 * MOVED_BLOCK)
     live, column = k < KEPT, tl.minimum(k, KEPT - 1) + (MOVED if FLIP else 0)
     for i in range(iterations):
         row = (program * iterations + i) * ROWS + tl.arange(0, ROWS)
@@ -329,14 +328,9 @@ def _conditioner_backward_kernel(
             h = tl.load(_place(held2, 0, start, ROWS, UNITS, H2_BLOCK))
             grad_h2 = tl.zeros((ROWS, UNITS), ACC)
             g = tl.load(of_params)
-            at_raw = _place(to_raw, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
-            _add_product(at_raw, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
-            w = tl.load(_place(w_raw_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
-            grad_h2 = _product(g, w, grad_h2, PRECISION, ACC)
-            g = tl.load(of_params + MOVED_BLOCK)
-            at_shift = _place(to_shift, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK)
-            _add_product(at_shift, g, h, MOVED_BLOCK, UNITS, PRECISION, ACC)
-            w = tl.load(_place(w_shift_back, 0, start, MOVED_BLOCK, UNITS, H2_BLOCK))
+            at_w3 = _place(to_w3, 0, start, 2 * MOVED_BLOCK, UNITS, H2_BLOCK)
+            _add_product(at_w3, g, h, 2 * MOVED_BLOCK, UNITS, PRECISION, ACC)
+            w = tl.load(_place(w3_back, 0, start, 2 * MOVED_BLOCK, UNITS, H2_BLOCK))
             grad_h2 = _product(g, w, grad_h2, PRECISION, ACC)
             grad_h2 = tl.where(h > 0, grad_h2, 0.0)
             _add_sum(to_b2 + start, grad_h2, UNITS)
@@ -424,7 +418,7 @@ class _Plan(NamedTuple):
         """A row of partials: gradients of weight1, of weight2, of weight3's rows for raw and for shift, of
         bias1 and bias2, and of the identity part's log_scale and bias."""
         kept, moved, (first, second) = self.kept_block, self.moved_block, self.blocks
-        matrices = [first * kept, second * first, moved * second, moved * second]
+        matrices = [first * kept, second * first, 2 * moved * second]
         return [*matrices, first, second, 2 * kept]
 
     def constants(self) -> dict[str, Any]:
@@ -497,12 +491,13 @@ def _layers(
     """The layers' operands in the order of the kernels, (inputs, outputs), and (outputs, inputs)."""
     kept, moved, (first, second) = plan.kept_block, plan.moved_block, plan.blocks
     acc = accumulate_dtype(x)
+    halves = [_padded(w, x.dtype, moved, second) for w in _halves(weight3, form)]
     back = [
         _padded(weight1, x.dtype, first, kept),
         _padded(weight2, x.dtype, second, first),
-        *(_padded(w, x.dtype, moved, second) for w in _halves(weight3, form)),
+        torch.cat(halves),
     ]
-    w1, w2, w_raw, w_shift = (w.t().contiguous() for w in back)
+    w1, w2, w_raw, w_shift = (w.t().contiguous() for w in (*back[:2], *halves))
     b1, b2 = _padded(bias1, acc, first), _padded(bias2, acc, second)
     b_raw, b_shift = (_padded(b, acc, moved) for b in _halves(bias3, form))
     return [w1, b1, w2, b2, w_raw, w_shift, b_raw, b_shift], back
@@ -565,6 +560,7 @@ def gradients(
     blocks = triton.cdiv(samples, plan.rows)
     iterations = max(1, triton.cdiv(blocks, _PROGRAMS))
     programs = triton.cdiv(blocks, iterations)
+    blocks = programs * iterations  # the last may have no sample
     acc, options = accumulate_dtype(out), _choices(form, flip, inverse)
     grad_in, sizes = torch.empty_like(out), plan.sizes()
     grad_params = out.new_empty(programs * iterations * plan.rows, 2 * plan.moved_block)
@@ -588,17 +584,17 @@ def gradients(
     )
 
     sums = partials.sum(0).split(sizes)
-    w1, w2, w_raw, w_shift = (v.view(w.shape) for v, w in zip(sums[:4], back, strict=True))
-    moved, kept = of_moved.sum(0)[:, : plan.moved], sums[6].view(2, -1)
+    w1, w2, w3 = (v.view(w.shape) for v, w in zip(sums[:3], back, strict=True))
+    moved, kept = of_moved.sum(0)[:, : plan.moved], sums[5].view(2, -1)
     kept = kept[:, : plan.channels - plan.moved]
     pairs = [(moved[i], kept[i]) if flip else (kept[i], moved[i]) for i in range(2)]
     through_log_det = grad_log_det.to(acc).sum() * (-1 if inverse else 1)
     grads = (
         w1[: plan.hidden1, : plan.channels - plan.moved],
-        sums[4][: plan.hidden1],
+        sums[3][: plan.hidden1],
         w2[: plan.hidden2, : plan.hidden1],
-        sums[5][: plan.hidden2],
-        _join(*(w[: plan.moved, : plan.hidden2] for w in (w_raw, w_shift)), form),
+        sums[4][: plan.hidden2],
+        _join(*(w[: plan.moved, : plan.hidden2] for w in w3.chunk(2)), form),
         _join(moved[3], moved[4], form),
         torch.cat(pairs[0]) + through_log_det,
         torch.cat(pairs[1]),

@@ -170,6 +170,18 @@ def test_more_samples_and_units_than_a_native_block_has(direction, shape, flip):
 
 
 @directions
+def test_a_triton_program_takes_several_blocks(monkeypatch, direction):
+    triton_impl = pytest.importorskip("hybridflow.kernels.mlp_coupling.triton_impl")
+    if torch.cuda.is_available():
+        pytest.skip("it is the interpreter that is small")
+    monkeypatch.setattr(triton_impl, "_PROGRAMS", 2)
+    tensors = operands(16 * 4 + 3, 3, 4, 4)
+    with _backend.using("triton"):
+        got = outputs_and_gradients(direction, tensors)
+    assert_close(got, specification(direction, tensors), TOLERANCE[torch.float64])
+
+
+@directions
 @flips
 def test_the_specification_is_three_layers_and_the_coupling(direction, flip):
     tensors = operands(3, 5, 6, 7)
