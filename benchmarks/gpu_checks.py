@@ -615,7 +615,9 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *_conditioners((5, 2, 3, 3), dtype, 8),
         *_dense_couplings((7, 2), dtype, 3),
         *_dense_couplings((37, 5), dtype, 20, flip=True),
-        *_dense_couplings((7, 5), dtype, 20, "bare", absent=("log_scale", "bias", "gain", "log_det")),
+        *_dense_couplings(
+            (7, 5), dtype, 20, "bare", absent=("log_scale", "bias", "gain", "log_det")
+        ),
         *_dense_couplings((7, 5), dtype, 20, "all else", form=_ALL_ELSE),
     ]
 

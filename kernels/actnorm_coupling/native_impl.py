@@ -57,7 +57,9 @@ def _layout_of(
     x: Tensor, params: Tensor | None, form: CouplingForm, flip: bool, inverse: bool
 ) -> native.Reference:
     moved, of_params = (0, x.dtype) if params is None else (params.shape[1] // 2, params.dtype)
-    return layout_for(x.shape, x.is_contiguous(), x.dtype, of_params, moved, form.key, flip, inverse)
+    return layout_for(
+        x.shape, x.is_contiguous(), x.dtype, of_params, moved, form.key, flip, inverse
+    )
 
 
 def _new(like: Tensor, channels: int) -> Tensor:

@@ -11,7 +11,9 @@ from .reference import Gradients
 __all__ = ["gradients", "map"]
 
 
-def _layout(x: Tensor, weight3: Tensor, form: CouplingForm, flip: bool, inverse: bool) -> native.Reference:
+def _layout(
+    x: Tensor, weight3: Tensor, form: CouplingForm, flip: bool, inverse: bool
+) -> native.Reference:
     moved = weight3.shape[0] // 2
     return layout_for(x.shape, True, x.dtype, x.dtype, moved, form.key, flip, inverse)
 

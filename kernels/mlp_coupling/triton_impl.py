@@ -152,7 +152,21 @@ def _map_kernel(
 
     held = scratch + tl.program_id(0).to(tl.int64) * (ROWS * H2_BLOCK)
     _hidden(
-        a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+        a,
+        w1,
+        b1,
+        w2,
+        b2,
+        None,
+        held,
+        end1,
+        ROWS,
+        KEPT_BLOCK,
+        H1_BLOCK,
+        H2_BLOCK,
+        UNITS,
+        PRECISION,
+        ACC,
     )
     raw, t = _raw_and_shift(
         held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS, PRECISION,
@@ -178,7 +192,9 @@ def _map_kernel(
     own = tl.sum(tl.where(mask, s, 0.0), axis=1)
     if log_scale is not None:
         channel = tl.arange(0, 128)
-        own += tl.sum(tl.load(log_scale + channel, mask=channel < CHANNELS, other=0).to(ACC), axis=0)
+        own += tl.sum(
+            tl.load(log_scale + channel, mask=channel < CHANNELS, other=0).to(ACC), axis=0
+        )
     if INVERSE:
         own = -own
     if log_det is not None:
@@ -242,7 +258,21 @@ def _coupling_backward_kernel(
     else:
         a = _conditioner_input(out, None, None, at, column, False, ACC)
     _hidden(
-        a, w1, b1, w2, b2, None, held, end1, ROWS, KEPT_BLOCK, H1_BLOCK, H2_BLOCK, UNITS, PRECISION, ACC
+        a,
+        w1,
+        b1,
+        w2,
+        b2,
+        None,
+        held,
+        end1,
+        ROWS,
+        KEPT_BLOCK,
+        H1_BLOCK,
+        H2_BLOCK,
+        UNITS,
+        PRECISION,
+        ACC,
     )
     raw, t = _raw_and_shift(
         held, w_raw, w_shift, b_raw, b_shift, end2, FACTOR, ROWS, MOVED_BLOCK, H2_BLOCK, UNITS,
@@ -393,13 +423,8 @@ class _Plan(NamedTuple):
         return self.dtype == torch.float64
 
     @property
-    def exact(self) -> bool:
-        """Whether what enters a product has more than 16 bits, and takes as many more registers."""
-        return self.dtype.itemsize > 2
-
-    @property
     def rows(self) -> int:
-        return 16 if self.double or (self.exact and max(self.blocks) > 64) else 32
+        return 16  # with 32, registers spill
 
     @property
     def kept_block(self) -> int:

@@ -48,7 +48,10 @@ class FusedFlowStep(Fused):
 
     def inverse(self, y: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
-        moved, operands = coupling.channels // 2, (norm.log_scale, norm.bias, coupling.gain, log_det)
+        moved, operands = (
+            coupling.channels // 2,
+            (norm.log_scale, norm.bias, coupling.gain, log_det),
+        )
         if layers := _dense_layers(coupling.conditioner, y, moved):
             return mlp_coupling_inverse(y, *layers, *operands, flip=coupling.flip)
         a, y = tap(y, moved, flip=coupling.flip)

@@ -158,7 +158,9 @@ def test_every_form_matches_it_in_float64(implementation, device, direction, for
 @pytest.mark.skipif(not native.available(), reason=native.why_missing())
 @directions
 @flips
-@pytest.mark.parametrize("shape", ((700, 2, 64, 64), (260, 64, 128, 128), (50, 130, 9, 260)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((700, 2, 64, 64), (260, 64, 128, 128), (50, 130, 9, 260)), ids=str
+)
 def test_more_samples_and_units_than_a_native_block_has(direction, shape, flip):
     """Also wider hidden layers and vectors than the Triton kernels take."""
     tensors = operands(*shape, dtype=torch.float32)
@@ -414,7 +416,9 @@ def test_wrong_operands_are_named():
     assert message(x, *layers[:4], w3[0], b3).startswith("weight3: got shape (7,), want (2T,")
     assert message(x, *layers[:4], w3[:, :6], b3) == "weight3: got shape (4, 6), want (4, 7)"
     assert message(x, *layers[:5], b3[:3]) == "bias3: got shape (3,), want (4,)"
-    assert message(x, w1, b1, w2[0], b2, w3, b3).startswith("weight2: got shape (6,), want (H2, H1)")
+    assert message(x, w1, b1, w2[0], b2, w3, b3).startswith(
+        "weight2: got shape (6,), want (H2, H1)"
+    )
     assert message(x, w1, b1, w2[:, :5], b2, w3, b3) == "weight1: got shape (6, 3), want (5, 3)"
     assert message(x, w1, b1, w2, b2[:5], w3, b3) == "bias2: got shape (5,), want (7,)"
     assert message(x, w1[:, :2], *layers[1:]) == "weight1: got shape (6, 2), want (6, 3)"
