@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.kernels import commit
 from benchmarks.measuring import machine, quantiles, rounds_for
-from hybridflow.flow.coupling import FlowStep, conv_conditioner
+from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_conditioner
 from hybridflow.kernels import fuse
 from hybridflow.kernels.swap import _choices
 
 __all__ = ["LAYERS", "main", "measure"]
 
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 300)
+_BATCHES = (1, 4, 16, 64, 300)
 _TURNS = 5
 _SECONDS = 0.05  # of a turn
 
@@ -38,9 +38,14 @@ _CONVOLUTIONS = (
     *((4, 4, 32), (8, 2, 32), (32, 1, 64)),  # digits
     *((4, 16, 32), (8, 8, 32), (16, 4, 32), (64, 2, 64)),  # mnist-small
 )
-LAYERS = tuple(
-    _choices.Layer("conv", c - c // 2, hidden, 2 * (c // 2), 3, size, size)
-    for c, size, hidden in _CONVOLUTIONS
+# Entries of a vector, hidden units.
+_DENSE = ((2, 64), (2, 128), (16, 64), (64, 64), (64, 128), (64, 256))
+LAYERS = (
+    *(
+        _choices.Layer("conv", c - c // 2, hidden, 2 * (c // 2), 3, size, size)
+        for c, size, hidden in _CONVOLUTIONS
+    ),
+    *(_choices.Layer("dense", d - d // 2, hidden, 2 * (d // 2)) for d, hidden in _DENSE),
 )
 
 
@@ -48,12 +53,13 @@ def _step(
     layer: _choices.Layer, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, tuple[int, ...]]:
     """A fused step with this conditioner, and the shape of a sample."""
-    channels = layer.inputs + layer.outputs // 2
-    step = FlowStep(channels, conv_conditioner(layer.inputs, layer.hidden, layer.outputs))
+    channels, dense = layer.inputs + layer.outputs // 2, layer.kind == "dense"
+    make = dense_conditioner if dense else conv_conditioner
+    step = FlowStep(channels, make(layer.inputs, layer.hidden, layer.outputs))
     nn.init.normal_(step.coupling.conditioner[-1].weight, std=0.01)
     step.to(device, dtype)
     fuse(step)
-    return step, (channels, layer.height, layer.width)
+    return step, (channels,) if dense else (channels, layer.height, layer.width)
 
 
 def _run(step: nn.Module, x: Tensor, weight: Tensor) -> None:

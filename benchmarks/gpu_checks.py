@@ -6,6 +6,7 @@ what is checked, run by the reference it is PyTorch's own, run by the reference 
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
@@ -408,6 +409,21 @@ def _conv_coupling(
     return {name: value for name, value in given.items() if name not in absent}
 
 
+def _dense(
+    first: str, hidden: int, absent: tuple[str, ...], shape: Shape, g: Generator
+) -> dict[str, Tensor]:
+    size = shape[1]
+    moved = size // 2
+    given = {first: _normal(*shape, g=g)}
+    widths = (size - moved, hidden, hidden, 2 * moved)
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=1):
+        given[f"weight{i}"] = _normal(outputs, inputs, g=g) / inputs**0.5
+        given[f"bias{i}"] = 0.3 * _normal(outputs, g=g)
+    given |= _vectors(shape, g)
+    given["gain"] = 0.5 + torch.rand(moved, generator=g)
+    return {name: value for name, value in given.items() if name not in absent}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -459,6 +475,9 @@ def _couplings(
         )
 
 
+_ALL_ELSE = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
+
+
 def _forms(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """Every scale, every other choice alone, and all of these together."""
 
@@ -482,9 +501,8 @@ def _forms(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield from coupling(layout.strip(), layout=layout)
         yield from coupling(f"{layout}first part", layout=layout, flip=True)
         yield from coupling(f"{layout}no identity part", layout=layout, transformed=shape[1])
-    together = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
     for layout in ("", *images):
-        yield from coupling(f"{layout}index, all else", form=together, layout=f"{layout}index")
+        yield from coupling(f"{layout}index, all else", form=_ALL_ELSE, layout=f"{layout}index")
 
 
 def _norms(shape: Shape, dtype: torch.dtype, layout: str = "") -> Iterator[Case]:
@@ -599,13 +617,12 @@ def _small_conv_couplings(dtype: torch.dtype) -> Iterator[Case]:
     for shape in (image, few, (2, 3, 1, 1), (1, 4, 9, 11), (1, 18, 4, 3)):
         yield from _conv_couplings(shape, dtype, 20)
     yield from _conv_couplings(image, dtype, 150)
-    together = CouplingForm("soft_clamp", 2.0, 0.0, 0.5, True, True, "shift", True)
     for shape in (image, few):
         yield from _conv_couplings(shape, dtype, 20, layout="channels-last")
         yield from _conv_couplings(shape, dtype, 20, "first part", flip=True)
         yield from _conv_couplings(shape, dtype, 20, "size 1", size=1)
         yield from _conv_couplings(shape, dtype, 20, "one part of 2", transformed=2)
-        yield from _conv_couplings(shape, dtype, 20, "all else", form=together)
+        yield from _conv_couplings(shape, dtype, 20, "all else", form=_ALL_ELSE)
         for absent in (("log_scale", "bias"), ("gain", "log_det")):
             yield from _conv_couplings(shape, dtype, 20, f"no {absent[0]}", absent=absent)
 
@@ -619,6 +636,30 @@ def _preset_conv_couplings(shapes: Sequence[Shape], dtype: torch.dtype) -> Itera
         if len(shape) == 3:
             hidden = _HIDDEN.get(shape, 128)
             yield from _conv_couplings((300, *shape), dtype, hidden, layout="channels-last")
+
+
+def _dense_couplings(
+    shape: Shape,
+    dtype: torch.dtype,
+    hidden: int,
+    note: str = "",
+    *,
+    form: CouplingForm = PLAIN,
+    absent: tuple[str, ...] = (),
+    flip: bool = False,
+) -> Iterator[Case]:
+    """Coupling and conditioner in one, both directions. In float32 alone: what 16 bits round in the
+    hidden layers shows in the log-det, in another way in every order of the sums."""
+    layers = (f"{kind}{i}" for i in (1, 2, 3) for kind in ("weight", "bias"))
+    names = (*layers, "log_scale", "bias", "log_det", "gain")
+    for first, out in (("x", "y"), ("y", "x")) if dtype == torch.float32 else ():
+        yield _case(
+            *("mlp_coupling" if first == "x" else "mlp_coupling_inverse", shape),
+            *(functools.partial(_dense, first, hidden, absent), (out, "log_det")),
+            *(tuple(name for name in (first, *names) if name not in absent), dtype, (first,)),
+            *(" ".join(filter(None, (f"hidden {hidden}", note, "first part" if flip else ""))),),
+            **{"form": form, "flip": flip},
+        )
 
 
 def _chains(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
@@ -650,6 +691,12 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *_chains((5, 5, 3, 3), dtype),
         *_conditioners((5, 2, 3, 3), dtype, 8),
         *_small_conv_couplings(dtype),
+        *_dense_couplings((7, 2), dtype, 3),
+        *_dense_couplings((37, 5), dtype, 20, flip=True),
+        *_dense_couplings(
+            (7, 5), dtype, 20, "bare", absent=("log_scale", "bias", "gain", "log_det")
+        ),
+        *_dense_couplings((7, 5), dtype, 20, "all else", form=_ALL_ELSE),
     ]
 
 
@@ -682,4 +729,6 @@ def every_case(dtype: torch.dtype) -> list[Case]:
         *_norms(form_shape, dtype, "channels-last"),
         *_mixtures(300, 3072, dtype, 100),
         *_chains((64, 12, 16, 16), dtype),
+        *_dense_couplings((300, 2), dtype, 64),
+        *_dense_couplings((20_000, 64), dtype, 128),
     ]

@@ -17,6 +17,7 @@ from .conv_conditioner import conv_conditioner
 from .conv_coupling import conv_coupling, conv_coupling_inverse
 from .dequantize_logit import dequantize_logit, logit_transform, logit_transform_inverse
 from .gmm_log_prob import GmmLogProb, gmm_log_prob
+from .mlp_coupling import mlp_coupling, mlp_coupling_inverse
 from .standard_normal_log_prob import standard_normal_log_prob
 from .swap import FuseReport, fuse, unfuse
 
@@ -41,6 +42,8 @@ __all__ = [
     "gmm_log_prob",
     "logit_transform",
     "logit_transform_inverse",
+    "mlp_coupling",
+    "mlp_coupling_inverse",
     "standard_normal_log_prob",
     "unfuse",
 ]

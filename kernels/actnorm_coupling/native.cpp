@@ -6,6 +6,9 @@
 // kernel walks along one channel after the other with its parameters in registers; elsewhere it walks
 // down the rows, a vector of columns at a time. Every sum is formed in an order that depends on the shape
 // alone.
+#include <initializer_list>
+
+#include "actnorm_coupling/arithmetic.h"
 #include "actnorm_coupling/tiles.h"
 #include "native/lanes.h"
 #include "native/native.h"
@@ -30,19 +33,11 @@ struct Chunks {
   }
 };
 
+Shape shape_of(const Layout& l) { return {l.samples, l.channels, l.outer, l.inner}; }
+
 struct Part {  // kept or moved
   int64_t channels;
   Columns columns;  // in arrays of x's shape
-};
-
-struct Layout {  // what a call is like, beside its operands: native_impl.py's class of this name
-  int64_t x_type, params_type;
-  int64_t samples, channels, outer, inner, moved;
-  int64_t flip, inverse, norm_shift_first, scale;
-  int64_t shift_first, interleaved, shift_leads;
-  double clamp, eps, factor;
-
-  Shape shape() const { return {samples, channels, outer, inner}; }
 };
 
 // How a part is cut into tiles, and where per-channel values stand for its kernels: at(channel), one for
@@ -150,15 +145,6 @@ void fill(float value, int64_t count, float* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = value;
 }
 
-double sum_double(const float* values, int64_t count) {
-  double total = 0.0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < count; ++j) total += values[j];
-  return total;
-}
-
-enum Constant { kBefore, kScale, kAfter, kUnscale, kBound, kConstants };
-
 class Constants {  // of each kind, where the plan says
  public:
   explicit Constants(const Plan& plan) : size_(plan.size()), data_(kConstants * size_) {}
@@ -169,8 +155,6 @@ class Constants {  // of each kind, where the plan says
   int64_t size_;
   Memory<float> data_;
 };
-
-enum Kind { kLogScale, kBias, kGain, kKinds };
 
 class Sums {  // per chunk and channel, of each kind
  public:
@@ -195,94 +179,32 @@ class Sums {  // per chunk and channel, of each kind
   Memory<float> data_;
 };
 
-// Actnorm in the executed direction: v to (v + before) * scale + after, where one of before and after
-// is zero, per channel of x.
-class Norm {
- public:
-  Norm(const float* log_scale, const float* bias, const Layout& l, bool inverse)
-      : present(log_scale != nullptr),
-        sign(inverse ? -1.0f : 1.0f),
-        before_scale((l.norm_shift_first != 0) != inverse),
-        bias_(bias),
-        memory_(2 * l.channels),
-        scale(memory_),
-        unscale(memory_ + l.channels) {
-    if (!present) return;
-#pragma omp simd
-    for (int64_t c = 0; c < l.channels; ++c) {
-      const ExpPair<float> e = vector_exp_pair(sign * log_scale[c]);
-      scale[c] = e.value;
-      unscale[c] = e.inverse;
-    }
-  }
+void spread(const Norm& norm, const Plan& plan, const Constants& to) {
+  if (!norm.present) return;
+  for (const Constant kind : {kBefore, kScale, kAfter, kUnscale})
+    plan.spread([&](int64_t j) { return norm.of(kind, plan.part.columns[j]); }, to.of(kind));
+}
 
-  void spread(const Plan& plan, const Constants& to) const {
-    if (!present) return;
-    const Columns& c = plan.part.columns;
-    const float before = before_scale ? sign : 0.0f, after = before_scale ? 0.0f : sign;
-    const auto times_bias = [&](float factor, int64_t j) {
-      return factor == 0.0f ? 0.0f : factor * bias_[c[j]];
-    };
-    plan.spread([&](int64_t j) { return times_bias(before, j); }, to.of(kBefore));
-    plan.spread([&](int64_t j) { return times_bias(after, j); }, to.of(kAfter));
-    plan.spread([&](int64_t j) { return scale[c[j]]; }, to.of(kScale));
-    plan.spread([&](int64_t j) { return unscale[c[j]]; }, to.of(kUnscale));
-  }
+// A part's sums of a chunk for actnorm, which the kernels left in `own`.
+void gather(const Norm& norm, const Plan& plan, const float* const own[], const Sums& sums,
+            int64_t chunk) {
+  if (!norm.present) return;
+  float* log_scale = sums.at(chunk, kLogScale);
+  float* bias = sums.at(chunk, kBias);
+  const Columns& c = plan.part.columns;
+  plan.gather(own[kLogScale], [&](int64_t j, float value) { log_scale[c[j]] = value; });
+  plan.gather(own[kBias], [&](int64_t j, float value) { bias[c[j]] = value; });
+}
 
-  // A part's sums of a chunk, which the kernels left in `own`.
-  void gather(const Plan& plan, const float* const own[], const Sums& sums, int64_t chunk) const {
-    if (!present) return;
-    float* log_scale = sums.at(chunk, kLogScale);
-    float* bias = sums.at(chunk, kBias);
-    const Columns& c = plan.part.columns;
-    plan.gather(own[kLogScale], [&](int64_t j, float value) { log_scale[c[j]] = value; });
-    plan.gather(own[kBias], [&](int64_t j, float value) { bias[c[j]] = value; });
-  }
-
-  void finish(const Sums& sums, int64_t channels, double grad_log_det, float* grad_log_scale,
-              float* grad_bias) const {
-    if (!present) return;
-    sums.total(kLogScale, sign, channels, grad_log_scale);
-    sums.total(kBias, sign, channels, grad_bias);
-    for (int64_t c = 0; c < channels; ++c) {
-      grad_log_scale[c] += sign * static_cast<float>(grad_log_det);
-      if (before_scale) grad_bias[c] *= scale[c];
-    }
-  }
-
-  const bool present;
-  const float sign;
-  const bool before_scale;
-
- private:
-  const float* bias_;
-  Memory<float> memory_;
-
- public:
-  float* const scale;
-  float* const unscale;
-};
+void finish(const Norm& norm, const Sums& sums, int64_t channels, double grad_log_det,
+            float* grad_log_scale, float* grad_bias) {
+  if (!norm.present) return;
+  sums.total(kLogScale, 1.0f, channels, grad_log_scale);
+  sums.total(kBias, 1.0f, channels, grad_bias);
+  norm.finish(channels, grad_log_det, grad_log_scale, grad_bias);
+}
 
 // --- the kernels -----------------------------------------------------------------------------------
-
-enum Order { kNoNorm, kNormFirst, kNormLast };
-
-struct Settings {
-  Order order = kNoNorm;
-  bool shift_first = false;        // of the executed direction
-  float raw_factor, shift_factor;  // of the conditioner's output; shift's with the direction's sign
-  float amplitude;                 // f is amplitude · squash(raw_factor · raw)
-  float inverse_clamp, eps;
-};
-
-struct Squashed {  // f of the form, without amplitude and gain, and its derivative
-  Lanes value, slope;
-};
-
-struct Lines {  // pointers into a line of a tile's operands
-  const float *v, *grad, *raw, *shift;
-  float *out, *grad_raw, *grad_shift;
-};
 
 struct Call {  // of a kernel, on one tile
   int64_t lines, columns;
@@ -305,146 +227,6 @@ struct Call {  // of a kernel, on one tile
     lines_->grad_shift += grad_shift_stride;
   }
 };
-
-template <class Squash>
-struct Map {  // v to v·e^s + t or (v + t)·e^s, with actnorm before or after; the result is s
-  static constexpr bool kLight = false;
-  static constexpr bool kGivesSum = true;
-  Lanes before, scale, after, bound;
-
-  template <class Get>
-  explicit Map(const Get& get)
-      : before(get(kBefore)), scale(get(kScale)), after(get(kAfter)), bound(get(kBound)) {}
-
-  HYBRIDFLOW_INLINE Lanes step(const Settings& k, const Lines& p, int64_t j, Lanes) {
-    Lanes v = load(p.v + j);
-    const Lanes t = k.shift_factor * load(p.shift + j);
-    if (k.order == kNormFirst) v = (v + before) * scale + after;
-    const Lanes s = bound * Squash::at(k.raw_factor * load(p.raw + j), k).value;
-    const Lanes e = vector_exp(s);
-    Lanes y = k.shift_first ? (v + t) * e : v * e + t;
-    if (k.order == kNormLast) y = (y + before) * scale + after;
-    store(y, p.out + j);
-    return s;
-  }
-
-  template <class Add>
-  void finish(const Add&) const {}
-};
-
-template <class Squash>
-struct Gradients {  // from the output, in p.v; the inverse order has both signs of s and t changed
-  static constexpr bool kLight = false;
-  static constexpr bool kGivesSum = false;
-  Lanes before, scale, after, unscale, bound;
-  Lanes log_scale{}, bias{}, gain{};
-
-  template <class Get>
-  explicit Gradients(const Get& get)
-      : before(get(kBefore)),
-        scale(get(kScale)),
-        after(get(kAfter)),
-        unscale(get(kUnscale)),
-        bound(get(kBound)) {}
-
-  Lanes norm(Lanes out, Lanes grad) {
-    bias += grad;
-    log_scale += grad * (out - after);
-    return grad * scale;
-  }
-
-  HYBRIDFLOW_INLINE Lanes step(const Settings& k, const Lines& p, int64_t j, Lanes grad_log_det) {
-    Lanes out = load(p.v + j), g = load(p.grad + j);
-    if (k.order == kNormLast) {
-      g = norm(out, g);
-      out = (out - after) * unscale - before;
-    }
-    const Squashed f = Squash::at(k.raw_factor * load(p.raw + j), k);
-    const Lanes s = bound * f.value, t = k.shift_factor * load(p.shift + j);
-    const ExpPair<Lanes> e =
-        k.order == kNormFirst ? vector_exp_pair(s) : ExpPair<Lanes>{vector_exp(s), s};
-    const Lanes scaled = k.shift_first ? out : out - t;
-    const Lanes ge = g * e.value, gs = g * scaled + grad_log_det;
-    store(k.shift_factor * (k.shift_first ? ge : g), p.grad_shift + j);
-    store(k.raw_factor * (gs * bound * f.slope), p.grad_raw + j);
-    gain += gs * f.value;
-    Lanes grad_v = ge;
-    if (k.order == kNormFirst) {
-      const Lanes v = k.shift_first ? scaled * e.inverse - t : scaled * e.inverse;
-      grad_v = norm(v, ge);
-    }
-    store(grad_v, p.out + j);
-    return Lanes{};
-  }
-
-  template <class Add>
-  void finish(const Add& add) const {
-    add(kGain, gain);
-    add(kLogScale, log_scale);
-    add(kBias, bias);
-  }
-};
-
-struct NormMap {  // of the kept part
-  static constexpr bool kLight = true;
-  static constexpr bool kGivesSum = false;
-  Lanes before, scale, after;
-
-  template <class Get>
-  explicit NormMap(const Get& get)
-      : before(get(kBefore)), scale(get(kScale)), after(get(kAfter)) {}
-
-  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
-    store((load(p.v + j) + before) * scale + after, p.out + j);
-    return Lanes{};
-  }
-
-  template <class Add>
-  void finish(const Add&) const {}
-};
-
-struct NormGradients {
-  static constexpr bool kLight = true;
-  static constexpr bool kGivesSum = false;
-  Lanes scale, after;
-  Lanes log_scale{}, bias{};
-
-  template <class Get>
-  explicit NormGradients(const Get& get) : scale(get(kScale)), after(get(kAfter)) {}
-
-  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
-    const Lanes g = load(p.grad + j);
-    bias += g;
-    log_scale += g * (load(p.v + j) - after);
-    store(g * scale, p.out + j);
-    return Lanes{};
-  }
-
-  template <class Add>
-  void finish(const Add& add) const {
-    add(kLogScale, log_scale);
-    add(kBias, bias);
-  }
-};
-
-// Copies p.v of the kept part where there is no actnorm; of its gradients, p.v is the gradient.
-struct Copy {
-  static constexpr bool kLight = true;
-  static constexpr bool kGivesSum = false;
-
-  template <class Get>
-  explicit Copy(const Get&) {}
-
-  HYBRIDFLOW_INLINE Lanes step(const Settings&, const Lines& p, int64_t j, Lanes) {
-    store(load(p.v + j), p.out + j);
-    return Lanes{};
-  }
-
-  template <class Add>
-  void finish(const Add&) const {}
-};
-
-inline void add_to(float* sum, Lanes value) { store(load(sum) + value, sum); }
 
 // Lines are channels: their parameters are the same in all lanes. What is left of a line after whole
 // vectors is taken in a last vector that ends with it; what that repeats does not count.
@@ -561,96 +343,19 @@ constexpr Kernel kernel() {
   return {Op::kLight ? walk_along<Op> : walk_rows<Op>, walk_channels<Op>};
 }
 
-// --- the scales ------------------------------------------------------------------------------------
-
-struct Plain {
-  static Squashed at(Lanes r, const Settings&) { return {r, every<Lanes>(1.0f)}; }
-};
-
-struct HyperbolicTangent {
-  static Squashed at(Lanes r, const Settings&) {
-    const Tanh<Lanes> tanh = vector_tanh(r);
-    return {tanh.value, tanh.derivative};
-  }
-};
-
-struct ArcTangent {
-  static Squashed at(Lanes r, const Settings&) { return {vector_atan(r), 1.0f / (1.0f + r * r)}; }
-};
-
-struct SoftClamp {
-  static Squashed at(Lanes r, const Settings& k) {
-    const Lanes d = 1.0f / (1.0f + absolute(r) * k.inverse_clamp);
-    return {r * d, d * d};
-  }
-};
-
-struct LogOfSigmoid {
-  static Squashed at(Lanes r, const Settings&) {
-    const LogSigmoid<Lanes> s = vector_log_sigmoid(r + 2.0f);
-    return {s.value, s.derivative};
-  }
-};
-
-struct LogOfSigmoidPlusEps {
-  static Squashed at(Lanes r, const Settings& k) {
-    const Sigmoid<Lanes> s = vector_sigmoid(r + 2.0f);
-    const Lanes scale = s.value + k.eps;
-    return {vector_log(scale), s.other * s.value / scale};
-  }
-};
-
-enum Scale : int64_t {  // in the order of form.py
-  kExp,
-  kTanh,
-  kAtan,
-  kTwoSigmoid,
-  kSoftClamp,
-  kSigmoid,
-  kInverseSigmoid
-};
-
 template <template <class> class Op>
 Kernel choose(const Layout& l) {
-  switch (l.scale) {
-    case kTanh:
-    case kTwoSigmoid:  // 2σ(r) - 1 = tanh(r / 2)
-      return kernel<Op<HyperbolicTangent>>();
-    case kAtan: return kernel<Op<ArcTangent>>();
-    case kSoftClamp: return kernel<Op<SoftClamp>>();
-    case kSigmoid:
-    case kInverseSigmoid:
-      return l.eps > 0.0 ? kernel<Op<LogOfSigmoidPlusEps>>() : kernel<Op<LogOfSigmoid>>();
-  }
-  return kernel<Op<Plain>>();
-}
-
-float amplitude(const Layout& l) {
-  switch (l.scale) {
-    case kTanh:
-    case kTwoSigmoid: return static_cast<float>(l.clamp);
-    case kAtan: return static_cast<float>(0.636 * l.clamp);
-    case kInverseSigmoid: return -1.0f;
-  }
-  return 1.0f;
+  return with_squash(l, [](auto squash) { return kernel<Op<decltype(squash)>>(); });
 }
 
 // --- a coupling ------------------------------------------------------------------------------------
 
 struct Coupling {
   Coupling(const Layout& l, const float* gain_or_null, const Norm& norm)
-      : gain(gain_or_null), inner(l.inner) {
-    const bool inverse = l.inverse != 0;
-    settings.order = !norm.present ? kNoNorm : inverse ? kNormLast : kNormFirst;
-    settings.shift_first = (l.shift_first != 0) != inverse;
-    settings.raw_factor = static_cast<float>(l.scale == kTwoSigmoid ? 0.5 * l.factor : l.factor);
-    settings.shift_factor = norm.sign * static_cast<float>(l.factor);
-    settings.amplitude = norm.sign * amplitude(l);
-    settings.inverse_clamp = static_cast<float>(1.0 / l.clamp);
-    settings.eps = static_cast<float>(l.eps);
-    const int64_t step = l.interleaved != 0 ? 2 : 1, second = l.interleaved != 0 ? 1 : l.moved;
-    raw = {2 * l.moved, l.shift_leads != 0 ? second : 0, step, nullptr};
-    shift = {2 * l.moved, l.shift_leads != 0 ? 0 : second, step, nullptr};
+      : gain(gain_or_null), inner(l.inner), settings(settings_of(l, norm)) {
+    const ParamColumns columns(l);
+    raw = {2 * l.moved, columns.raw, columns.step, nullptr};
+    shift = {2 * l.moved, columns.shift, columns.step, nullptr};
   }
 
   Array raw_of(void* params, int64_t type) const { return {params, type, inner, raw}; }
@@ -758,13 +463,13 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity)
 (void* x, const float* log_scale, const float* bias, const int64_t* index, void* a, const Layout* layout,
  int64_t threads) {
   const Layout& l = *layout;
-  const Shape shape = l.shape();
+  const Shape shape = shape_of(l);
   const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
   const Norm norm(log_scale, bias, l, false);
   const Plan plan(shape, split.kept, l.x_type == kFloat32, false);
   const Constants constants(plan);
-  norm.spread(plan, constants);
+  spread(norm, plan, constants);
   const Array from{x, l.x_type, l.inner, split.kept.columns};
   const Array to{a, l.x_type, l.inner, {split.kept.channels, 0, 1, nullptr}};
   const Chunks chunks(shape);
@@ -781,13 +486,13 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
 (void* grad, void* a, const float* log_scale, const float* bias, const int64_t* index, void* grad_kept,
  float* grad_log_scale, float* grad_bias, const Layout* layout, int64_t threads) {
   const Layout& l = *layout;
-  const Shape shape = l.shape();
+  const Shape shape = shape_of(l);
   const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
   const Norm norm(log_scale, bias, l, false);
   const Plan plan(shape, split.kept, l.x_type == kFloat32, false);
   const Constants constants(plan);
-  norm.spread(plan, constants);
+  spread(norm, plan, constants);
   const Columns columns{split.kept.channels, 0, 1, nullptr};
   const Array from_out{a, l.x_type, l.inner, columns}, from_grad{grad, l.x_type, l.inner, columns};
   const Array to{grad_kept, l.x_type, l.inner, columns};
@@ -801,13 +506,13 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_identity_backward)
         plan.for_each_tile(begin, end, [&](const Tile& tile) {
           gradients_kept(plan, tile, constants, norm, from_out, from_grad, to, own);
         });
-        norm.gather(plan, own, sums, chunk);
+        gather(norm, plan, own, sums, chunk);
         for (int64_t j = 0; j < split.moved.channels; ++j) {
           const int64_t channel = split.moved.columns[j];
           sums.at(chunk, kLogScale)[channel] = sums.at(chunk, kBias)[channel] = 0.0f;
         }
       });
-  norm.finish(sums, l.channels, 0.0, grad_log_scale, grad_bias);
+  finish(norm, sums, l.channels, 0.0, grad_log_scale, grad_bias);
   return 1;
 }
 
@@ -817,7 +522,7 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling)
  const float* log_det_in, const int64_t* index, void* out, float* log_det,
  const Layout* layout, int64_t threads) {
   const Layout& l = *layout;
-  const Shape shape = l.shape();
+  const Shape shape = shape_of(l);
   const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
   const Norm norm(log_scale, bias, l, l.inverse != 0);
@@ -827,8 +532,8 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling)
   const Plan kept_plan(shape, split.kept, l.x_type == kFloat32, false);
   const Plan moved_plan(shape, split.moved, all_float32, l.interleaved != 0);
   const Constants kept_constants(kept_plan), moved_constants(moved_plan);
-  norm.spread(kept_plan, kept_constants);
-  norm.spread(moved_plan, moved_constants);
+  spread(norm, kept_plan, kept_constants);
+  spread(norm, moved_plan, moved_constants);
   coupling.spread(moved_plan, moved_constants);
   const Array from_kept{x, l.x_type, l.inner, split.kept.columns};
   const Array to_kept{out, l.x_type, l.inner, split.kept.columns};
@@ -878,7 +583,7 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling_backward)
  float* grad_log_scale, float* grad_bias, float* grad_gain, const Layout* layout,
  int64_t threads) {
   const Layout& l = *layout;
-  const Shape shape = l.shape();
+  const Shape shape = shape_of(l);
   const Split split(shape, l.moved, l.flip != 0, index);
   if (!split.valid) return 0;
   const Norm norm(log_scale, bias, l, l.inverse != 0);
@@ -888,8 +593,8 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling_backward)
   const Plan kept_plan(shape, split.kept, l.x_type == kFloat32, false);
   const Plan moved_plan(shape, split.moved, all_float32, l.interleaved != 0);
   const Constants kept_constants(kept_plan), moved_constants(moved_plan);
-  norm.spread(kept_plan, kept_constants);
-  norm.spread(moved_plan, moved_constants);
+  spread(norm, kept_plan, kept_constants);
+  spread(norm, moved_plan, moved_constants);
   coupling.spread(moved_plan, moved_constants);
   const Columns& kept = split.kept.columns;
   const Array out_kept{out, l.x_type, l.inner, kept}, grad_kept{grad, l.x_type, l.inner, kept};
@@ -940,14 +645,14 @@ HYBRIDFLOW_CHECKED_KERNEL(actnorm_coupling_backward)
                              grad_x_kept, of_kept);
             },
             gradients_moved);
-        norm.gather(kept_plan, of_kept, sums, chunk);
-        norm.gather(moved_plan, of_moved, sums, chunk);
+        gather(norm, kept_plan, of_kept, sums, chunk);
+        gather(norm, moved_plan, of_moved, sums, chunk);
         float* to_gain = sums.at(chunk, kGain);
         moved_plan.gather(of_moved[kGain], [&](int64_t j, float value) { to_gain[j] = value; });
       });
 
   const double positions = static_cast<double>(l.outer * l.inner);
-  norm.finish(sums, l.channels, positions * sum_double(grad_log_det, l.samples), grad_log_scale,
+  finish(norm, sums, l.channels, positions * sum_double(grad_log_det, l.samples), grad_log_scale,
               grad_bias);
   if (gain != nullptr) sums.total(kGain, coupling.settings.amplitude, l.moved, grad_gain);
   return 1;

@@ -30,7 +30,7 @@ class _Layout(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(
+def layout_for(
     shape: torch.Size,
     contiguous: bool,
     dtype: torch.dtype,
@@ -57,7 +57,9 @@ def _layout_of(
     x: Tensor, params: Tensor | None, form: CouplingForm, flip: bool, inverse: bool
 ) -> native.Reference:
     moved, of_params = (0, x.dtype) if params is None else (params.shape[1] // 2, params.dtype)
-    return _layout(x.shape, x.is_contiguous(), x.dtype, of_params, moved, form.key, flip, inverse)
+    return layout_for(
+        x.shape, x.is_contiguous(), x.dtype, of_params, moved, form.key, flip, inverse
+    )
 
 
 def _new(like: Tensor, channels: int) -> Tensor:
@@ -104,7 +106,7 @@ def identity(
     flip: bool,
 ) -> Tensor:
     a = _new(x, x.shape[1] - moved)
-    layout = _layout(x.shape, x.is_contiguous(), x.dtype, x.dtype, moved, form.key, flip, False)
+    layout = layout_for(x.shape, x.is_contiguous(), x.dtype, x.dtype, moved, form.key, flip, False)
     operands = (x, _float(log_scale), _float(bias), index, a)
     accepted = native.load().accepts("actnorm_identity", *operands, layout)
     if not accepted:
@@ -125,7 +127,7 @@ def identity_backward(
     grad_kept = torch.empty_like(a)
     grads = _gradient_of(log_scale), _gradient_of(bias)
     shape = torch.Size((a.shape[0], a.shape[1] + moved, *a.shape[2:]))
-    layout = _layout(shape, a.is_contiguous(), a.dtype, a.dtype, moved, form.key, flip, False)
+    layout = layout_for(shape, a.is_contiguous(), a.dtype, a.dtype, moved, form.key, flip, False)
     operands = (_in(a.dtype, grad), a, _float(log_scale), _float(bias), index)
     accepted = native.load().accepts(
         "actnorm_identity_backward", *operands, grad_kept, *grads, layout
@@ -198,7 +200,7 @@ def affine(
     native.load().call(
         "actnorm_coupling",
         *(x, None, log_scale, bias, None, log_det, None, out, total),
-        _layout(x.shape, True, x.dtype, x.dtype, 0, form, False, inverse),
+        layout_for(x.shape, True, x.dtype, x.dtype, 0, form, False, inverse),
     )
     return out, total
 
@@ -218,6 +220,6 @@ def affine_gradients(
         "actnorm_coupling_backward",
         *(grad_out, grad_log_det, out, None, log_scale, bias, None, None),
         *(grads[0], None, grads[1], grads[2], None),
-        _layout(out.shape, True, out.dtype, out.dtype, 0, form, False, inverse),
+        layout_for(out.shape, True, out.dtype, out.dtype, 0, form, False, inverse),
     )
     return grads

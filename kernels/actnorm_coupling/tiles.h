@@ -10,29 +10,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "native/memory.h"
 #include "native/vector_math.h"
 
 namespace {
 
 constexpr int64_t kTile = 512;  // floats in a buffer: some ten of them fit into the cache
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class T>
-class Memory {
- public:
-  explicit Memory(int64_t count) : data_(new T[static_cast<size_t>(count)]) {}
-  ~Memory() { delete[] data_; }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  T* get() const { return data_; }
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // The space between neighbours keeps buffers of one function from having the same position in a page,
 // which processors take for the same address when a load follows a store.

@@ -15,9 +15,8 @@
 // An item of work is a chunk of groups and a range of hidden rows. The items, and the order of every sum,
 // depend on the shape alone.
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
 
@@ -29,39 +28,6 @@ constexpr int64_t kHeldRows = 64;        // of the hidden layer, at a time
 constexpr int64_t kItems = 16;           // of work, where there is enough of it
 constexpr int64_t kItemFlops = 1 << 22;  // enough
 constexpr int64_t kPartialFloats = 1 << 20;  // of the weights' gradients, over all chunks
-
-int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory that a thread keeps for its next call.
-class Scratch {
- public:
-  Scratch() = default;
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  void reserve(int64_t floats) {
-    taken_ = 0;
-    if (floats <= capacity_) return;
-    std::free(data_);
-    capacity_ = floats;
-    data_ = std::malloc(static_cast<size_t>(floats) * sizeof(float) + 64);
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-
-  float* take(int64_t floats) {
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data_) + 63) / 64 * 64;
-    float* part = reinterpret_cast<float*>(first) + taken_;
-    taken_ += rounded(floats);
-    return part;
-  }
-
-  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
-
- private:
-  void* data_ = nullptr;
-  int64_t capacity_ = 0, taken_ = 0;
-};
 
 thread_local Scratch shared_scratch, own_scratch;  // of the calling thread, for all; of each thread
 

@@ -87,8 +87,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would run more than its forward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 # --- at run time ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..conv_conditioner.op import is_native
 from ..conv_coupling import conv_coupling, conv_coupling_inverse
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
+from ..mlp_coupling import mlp_coupling, mlp_coupling_inverse
 from ._choices import Layer, device_key, prefers_one_op
 from ._fused import DIFFERS, Fused, agrees, has_hooks, original_class, pattern, trial
 
@@ -32,6 +33,7 @@ __all__ = [
 
 
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, weight, bias
+_DenseLayers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _OF_CONV_COUPLING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,6 +46,8 @@ class FusedFlowStep(Fused):
     def forward(self, x: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
         vectors, flip = (norm.log_scale, norm.bias), coupling.flip
+        if (layers := _dense_layers(coupling, x)) is not None:
+            return mlp_coupling(x, *layers, *vectors, coupling.gain, log_det, flip=flip)
         if (weights := _weights_on_gpu(coupling, x)) is not None:
             return conv_coupling(x, *weights, *vectors, coupling.gain, log_det, flip=flip)
         a, x = tap(x, coupling.channels // 2, *vectors, flip=flip)
@@ -53,6 +57,8 @@ class FusedFlowStep(Fused):
     def inverse(self, y: Tensor, log_det: Tensor | None = None) -> tuple[Tensor, Tensor]:
         norm, coupling = self.actnorm, self.coupling
         operands, flip = (norm.log_scale, norm.bias, coupling.gain, log_det), coupling.flip
+        if (layers := _dense_layers(coupling, y)) is not None:
+            return mlp_coupling_inverse(y, *layers, *operands, flip=flip)
         if (weights := _weights_on_gpu(coupling, y)) is not None:
             return conv_coupling_inverse(y, *weights, *operands, flip=flip)
         a, y = tap(y, coupling.channels // 2, flip=flip)
@@ -75,6 +81,30 @@ def _is_on_gpu(x: Tensor) -> bool:
 def _is_eager(x: Tensor) -> bool:
     """Neither traced nor under autocast, which chooses the types of what it knows."""
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
+
+
+def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
+    """Weights and biases of the conditioner, if it is three plain layers with ReLUs between them and the
+    step is faster as one op."""
+    conditioner, moved = coupling.conditioner, coupling.channels // 2
+    if x.dim() != 2 or x.dtype is not torch.float32 or not _is_eager(x):
+        return None
+    if type(conditioner) is not nn.Sequential or len(conditioner._modules) != 5:
+        return None
+    first, relu1, second, relu2, third = parts = conditioner._modules.values()
+    if not type(relu1) is type(relu2) is nn.ReLU:
+        return None
+    operands: list[Any] = []
+    for layer in (first, second, third):
+        if type(layer) is not nn.Linear or layer._parameters["bias"] is None:
+            return None
+        operands += (layer._parameters["weight"], layer._parameters["bias"])
+    if any(v.dtype is not torch.float32 for v in operands) or len(operands[5]) != 2 * moved:
+        return None
+    layer = Layer("dense", coupling.channels - moved, max(second.weight.shape), 2 * moved)
+    if not prefers_one_op(layer, x.shape[0], device_key(x.device, x.dtype)):
+        return None
+    return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)  # type: ignore[return-value]
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Other libraries' layers: tests/kernels/swap.
 """
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_condition
 from hybridflow.flow.multiscale import MultiScaleFlow, StepChain
 from hybridflow.flow.prior import GaussianMixture
 from hybridflow.kernels import _backend, fuse, native, unfuse
+from hybridflow.kernels.swap import hybridflow as swap_hybridflow
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing())
 
@@ -112,6 +114,99 @@ def test_log_det_of_a_fused_step_is_that_of_its_jacobian(implementation, device,
     log_det = direction(step)(x)[1]
     want = torch.linalg.slogdet(jacobian.reshape(12, 12))[1]
     assert log_det.item() == pytest.approx(want.item(), abs=1e-11)
+
+
+def dense(size=5, hidden=20, flip=False, conditioner=None):
+    net = conditioner or dense_conditioner((size + 1) // 2, hidden, 2 * (size // 2))
+    return randomised(FlowStep(size, net, flip), torch.float32)
+
+
+def calls_of_the_whole_op(monkeypatch, step, x):
+    """How often the two directions run as one op each."""
+    calls = []
+    for name in ("mlp_coupling", "mlp_coupling_inverse"):
+        op = getattr(swap_hybridflow, name)
+        counted = functools.partial(lambda op, *a, **k: calls.append(op) or op(*a, **k), op)
+        monkeypatch.setattr(swap_hybridflow, name, counted)
+    step(x)
+    step.inverse(x)
+    return len(calls)
+
+
+@pytest.mark.parametrize("shape", ((2, 64, 150), (5, 20, 33), (64, 128, 40)), ids=str)
+@pytest.mark.parametrize("flip", (False, True))
+@both_ways
+def test_a_dense_conditioner_runs_inside_the_step(monkeypatch, shape, flip, direction):
+    """Results and gradients are as accurate as the step's; parameters and keys are the same."""
+    size, hidden, samples = shape
+    step, x = dense(size, hidden, flip), torch.randn(samples, size)
+    state = copy.deepcopy(step.state_dict())
+    exact = run(copy.deepcopy(step).double(), x.double(), direction)
+    plain = run(step, x, direction)
+    fuse(step)
+    got = run(step, x, direction)
+    assert all(torch.equal(v, state[k]) for k, v in step.state_dict().items())
+    for g, want, true in zip(got, plain, exact, strict=True):
+        assert g.shape == want.shape
+        allowed = 4 * (want - true).abs().max() + 64 * 2**-24 * true.abs().max()
+        assert (g - true).abs().max() <= allowed
+    assert calls_of_the_whole_op(monkeypatch, step, x) == 2
+
+
+def without_bias():
+    net = dense_conditioner(3, 20, 4)
+    net[2] = nn.Linear(20, 20, bias=False)
+    return net
+
+
+def hooked(part):
+    net = dense_conditioner(3, 20, 4)
+    (net if part is None else net[part]).register_forward_hook(lambda *_: None)
+    return net
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_part(i, part):
+    net = dense_conditioner(3, 20, 4)
+    net[i] = part
+    return net
+
+
+@pytest.mark.parametrize(
+    "net",
+    (
+        without_bias(),
+        hooked(None),
+        hooked(1),
+        hooked(4),
+        with_part(1, nn.Tanh()),
+        with_part(3, nn.LeakyReLU()),
+        with_part(0, Doubled(3, 20)),
+        nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 4)),
+        dense_conditioner(3, 20, 4).append(nn.Identity()),
+    ),
+    ids="no-bias hook-of-all hook-of-relu hook-of-last tanh leaky subclass shorter longer".split(),
+)
+def test_another_dense_conditioner_is_left_as_it_is(monkeypatch, net):
+    step, x = dense(conditioner=net), torch.randn(33, 5)
+    want = [step(x), step.inverse(x)]
+    fuse(step)
+    for got, expected in zip([step(x), step.inverse(x)], want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert calls_of_the_whole_op(monkeypatch, step, x) == 0
+
+
+def test_under_autocast_and_in_float64_a_dense_conditioner_is_left_as_it_is(monkeypatch):
+    step, x = dense(), torch.randn(33, 5)
+    fuse(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls_of_the_whole_op(monkeypatch, step, x) == 0
+    assert calls_of_the_whole_op(monkeypatch, step, x) == 2
+    assert calls_of_the_whole_op(monkeypatch, step.double(), x.double()) == 0
 
 
 def fused(step):
