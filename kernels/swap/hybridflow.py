@@ -53,13 +53,14 @@ class FusedFlowStep(Fused):
             (norm.log_scale, norm.bias, coupling.gain, log_det),
         )
         if layers := _dense_layers(coupling.conditioner, y, moved):
-            return mlp_coupling_inverse(y, *layers, *operands, flip=coupling.flip)
+            whole: tuple[Any, ...] = (*layers, *operands)
+            return mlp_coupling_inverse(y, *whole, flip=coupling.flip)
         a, y = tap(y, moved, flip=coupling.flip)
         params = _params(coupling.conditioner, a)
         return actnorm_coupling_inverse(y, params, *operands, flip=coupling.flip)
 
 
-def _dense_layers(conditioner: nn.Module, x: Tensor, moved: int) -> tuple[Tensor, ...] | None:
+def _dense_layers(conditioner: nn.Module, x: Tensor, moved: int) -> tuple[Any, ...] | None:
     """Weights and biases of three plain layers with ReLUs between them, where one op for the whole step
     is the faster; else None."""
     if x.dim() != 2 or type(conditioner) is not nn.Sequential or len(conditioner._modules) != 5:
@@ -74,7 +75,7 @@ def _dense_layers(conditioner: nn.Module, x: Tensor, moved: int) -> tuple[Tensor
         operands += (layer._parameters["weight"], layer._parameters["bias"])
     if any(v.dtype is not torch.float32 for v in operands) or len(operands[5]) != 2 * moved:
         return None
-    if not whole_is_faster(x, max(second.weight.shape)) or torch.is_autocast_enabled(x.device.type):
+    if not whole_is_faster(x, max(operands[2].shape)) or torch.is_autocast_enabled(x.device.type):
         return None
     return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)
 
