@@ -1,6 +1,7 @@
 """Every launch of this op for the offline gate: vectors of two numbers, and the widest layers."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,15 @@ def _launches(size: int, hidden: int, dtype: torch.dtype, inverse: bool) -> list
         return torch.empty(*shape, device="meta")
 
     x = tensor(_SAMPLES, size).to(dtype)
-    parameters = (
+    parameters: tuple[Any, ...] = (
         *(tensor(hidden, size - moved), tensor(hidden)),
         *(tensor(hidden, hidden), tensor(hidden), tensor(2 * moved, hidden)),
         *(tensor(n) for n in (2 * moved, size, size, moved)),
     )
-    log_det, choices = tensor(_SAMPLES), (CouplingForm(), False, inverse)
+    log_det = tensor(_SAMPLES)
+    choices: tuple[Any, ...] = (CouplingForm(), False, inverse)
+    operands: tuple[Any, ...] = (*parameters, log_det)
     with recording() as made:
-        triton_impl.map(x, *parameters, log_det, *choices)
+        triton_impl.map(x, *(*operands, *choices))
         triton_impl.gradients(x, log_det, x, *parameters, *choices)
     return made

@@ -20,9 +20,9 @@ __all__ = ["Gradients", "Layers", "gradients", "map"]
 Layers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Weight and bias of each layer, in turn."""
 
+Optional = Tensor | None
 Gradients = tuple[
-    *(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor),
-    *(Tensor | None, Tensor | None, Tensor | None),
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional
 ]
 """Of x, of weight and bias of each layer, of log_scale, of bias and of gain."""
 

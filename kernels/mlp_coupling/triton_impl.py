@@ -406,6 +406,7 @@ def _conditioner_backward_kernel(
 
 # --- plans: by shape and type alone, so that sums are the same on every machine --------------------
 
+_OF_NORM = ("FLIP", "INVERSE", "NORM_SHIFT_FIRST")
 _PROGRAMS = 256  # of a backward, at most: two for each multiprocessor of the largest chips
 
 
@@ -557,8 +558,7 @@ def map(
     launch(
         *(_map_kernel, (programs,)),
         *(x, *layers, log_scale, bias, gain, log_det, out, total, scratch, samples, *plan.blocks),
-        **plan.constants(),
-        **_choices(form, flip, inverse),
+        **(plan.constants() | _choices(form, flip, inverse)),
     )
     return out, total
 
@@ -597,20 +597,19 @@ def gradients(
         *(_coupling_backward_kernel, (blocks,)),
         *(grad_out, grad_log_det, out, *layers, log_scale, bias, gain, grad_in, grad_params),
         *(scratch, of_moved, samples, *plan.blocks),
-        **plan.constants(),
-        **options,
+        **(plan.constants() | options),
     )
     launch(
         *(_conditioner_backward_kernel, (programs,)),
         *(grad_out, out, grad_params, *layers[:4], *back, log_scale, bias, grad_in, scratch),
         *(partials, samples, iterations, *plan.blocks),
-        **plan.constants(),
-        **{name: options[name] for name in ("FLIP", "INVERSE", "NORM_SHIFT_FIRST")},
+        **(plan.constants() | {name: options[name] for name in _OF_NORM}),
         PARTIAL=sum(sizes),
     )
 
     sums = partials.sum(0).split(sizes)
     w1, w2, w3 = (v.view(w.shape) for v, w in zip(sums[:3], back, strict=True))
+    w_raw, w_shift = (w[: plan.moved, : plan.hidden2] for w in w3.chunk(2))
     moved, kept = of_moved.sum(0)[:, : plan.moved], sums[5].view(2, -1)
     kept = kept[:, : plan.channels - plan.moved]
     pairs = [(moved[i], kept[i]) if flip else (kept[i], moved[i]) for i in range(2)]
@@ -620,7 +619,7 @@ def gradients(
         sums[3][: plan.hidden1],
         w2[: plan.hidden2, : plan.hidden1],
         sums[4][: plan.hidden2],
-        _join(*(w[: plan.moved, : plan.hidden2] for w in w3.chunk(2)), form),
+        _join(w_raw, w_shift, form),
         _join(moved[3], moved[4], form),
         torch.cat(pairs[0]) + through_log_det,
         torch.cat(pairs[1]),

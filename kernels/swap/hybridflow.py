@@ -33,7 +33,6 @@ __all__ = [
 
 
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, weight, bias
-_DenseLayers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _OF_CONV_COUPLING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,7 +82,7 @@ def _is_eager(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
-def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
+def _dense_layers(coupling: Any, x: Tensor) -> tuple[Any, ...] | None:
     """Weights and biases of the conditioner, if it is three plain layers with ReLUs between them and the
     step is faster as one op."""
     conditioner, moved = coupling.conditioner, coupling.channels // 2
@@ -101,10 +100,10 @@ def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
         operands += (layer._parameters["weight"], layer._parameters["bias"])
     if any(v.dtype is not torch.float32 for v in operands) or len(operands[5]) != 2 * moved:
         return None
-    layer = Layer("dense", coupling.channels - moved, max(second.weight.shape), 2 * moved)
-    if not prefers_one_op(layer, x.shape[0], device_key(x.device, x.dtype)):
+    sizes = Layer("dense", coupling.channels - moved, max(operands[2].shape), 2 * moved)
+    if not prefers_one_op(sizes, x.shape[0], device_key(x.device, x.dtype)):
         return None
-    return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)  # type: ignore[return-value]
+    return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
