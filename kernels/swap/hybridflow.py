@@ -1,7 +1,7 @@
 """The fused forms of hybridflow's own layers. Parameters, buffers, keys and results are theirs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ __all__ = [
 
 
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, weight, bias
+_DenseLayers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _OF_CONV_COUPLING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,7 +83,7 @@ def _is_eager(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
-def _dense_layers(coupling: Any, x: Tensor) -> tuple[Any, ...] | None:
+def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
     """Weights and biases of the conditioner, if it is three plain layers with ReLUs between them and the
     step is faster as one op."""
     conditioner, moved = coupling.conditioner, coupling.channels // 2
@@ -103,7 +104,9 @@ def _dense_layers(coupling: Any, x: Tensor) -> tuple[Any, ...] | None:
     sizes = Layer("dense", coupling.channels - moved, max(operands[2].shape), 2 * moved)
     if not prefers_one_op(sizes, x.shape[0], device_key(x.device, x.dtype)):
         return None
-    return None if any(map(has_hooks, (conditioner, *parts))) else tuple(operands)
+    if any(map(has_hooks, (conditioner, *parts))):
+        return None
+    return cast(_DenseLayers, tuple(operands))
 
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
