@@ -73,11 +73,14 @@ def test_differences_are_relative_and_nan_is_never_right():
 @needs_native
 def test_a_curve_is_written_with_its_difference(tmp_path):
     path = tmp_path / "curve.json"
-    assert curve.main(["--preset", "digits", "--steps", "2", "--out", str(path)]) == 0
+    assert (
+        curve.main(["--preset", "digits", "--steps", "2", "--free", "1", "--out", str(path)]) == 0
+    )
     results = json.loads(path.read_text())
     for name, values in results["losses"]["eager"].items():
         fused = results["losses"]["fused"][name]
         assert len(values) == len(fused) == 2
         found = curve.largest_difference(values, fused)
         assert results["largest_difference"][name] == pytest.approx(found, rel=0.1)
-        assert found < 1e-3
+        assert found < 1e-4
+    assert {n: len(v["loss_g"]) for n, v in results["free"].items()} == {"fused": 1, "moved": 1}
