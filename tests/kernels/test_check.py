@@ -79,7 +79,7 @@ def test_every_kernel_compiles_without_spills_for_one_shape():
     *lines, last = done.stdout.splitlines()
     assert last.startswith(f"{len(lines)} kernels, 0 failures, Triton ")
     assert all(line.endswith("ok") for line in lines)
-    for op in check.OPS:
+    for op in {*check.OPS} - {"mlp_coupling"}:  # that is for vectors
         assert f" {op} " in done.stdout
     for chip in ("sm_90", "gfx942"):
         assert sum(line.startswith(chip) for line in lines) > 8
