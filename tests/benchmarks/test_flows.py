@@ -26,7 +26,8 @@ def test_rows_hold_every_variant_and_task_and_make_a_table(tmp_path, monkeypatch
     found = {(r["task"], r["variant"]): r for r in results["rows"]}
     assert [*found] == [
         *(("likelihood", v) for v in (*variants[:3], "fused, constant memory", "compile")),
-        *((task, v) for task in ("sampling", "sampling with backward") for v in variants),
+        *(("sampling", v) for v in variants),
+        *(("sampling with backward", v) for v in variants[:3]),
         *(("training step", v) for v in ("eager", "fused")),
     ]
     for row in results["rows"]:
