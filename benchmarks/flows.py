@@ -45,6 +45,7 @@ _CLASSES = 10
 _TURNS = 5
 _SECONDS = 1.0  # of a turn
 _DRAWS = 3
+_JUMPS = 1e-3
 _TASKS = ("likelihood", "sampling", "sampling with backward")
 _COMPILED = _TASKS[:2]  # the third would take as long to compile as the first, and is as much work
 _CPU = torch.device("cpu")
@@ -96,12 +97,14 @@ FLOWS = (
 
 
 def _flow(workload: Workload) -> MultiScaleFlow:
-    """With random weights: as a flow is born, its couplings do nothing."""
+    """With random weights, since as a flow is born its couplings do nothing: mild ones, for a flow of dozens
+    of wild couplings makes a rounding as large as its results."""
     torch.manual_seed(0)
     flow = build_model(workload.config.flow, torch.Size(workload.shape), _CLASSES).flow
     assert isinstance(flow, MultiScaleFlow)
     for parameter in flow.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        fan_in = parameter[0].numel() if parameter.dim() == 4 else 100
+        parameter.data += 0.2 * torch.randn_like(parameter) / fan_in**0.5
     return flow
 
 
@@ -177,7 +180,8 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
 
     Outputs are compared element by element, gradients in the Euclidean norm. They jump where the argument
     of a ReLU passes zero, on which side of it rounding decides: one jump among a small net's units is a
-    thousandth of its gradients. Hence the most exact of three draws counts; in a large net all have some.
+    thousandth of its gradients. Hence the most exact of three draws counts, and as in a large net all have
+    some, a thousandth is allowed. (Gradients without jumps are compared by benchmarks.conditioners.)
     """
     torch.compiler.reset()
     modules = _variants(workload, task, mode)
@@ -207,7 +211,7 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
             {"data": workload.data, "batch": workload.batch, "task": task, "variant": name}
             | _times(us)
             | {"peak_bytes": peaks.get(name), "error": float(f"{max(errors[name].values()):.2g}")}
-            | {"problems": verdict(errors[name], torch.float32, measure)}
+            | {"problems": _problems(errors[name], measure)}
             | {"gflop_s": round(flops / quantiles(us)[1] / 1e3, 1)}
             | ({"mode": mode, "compile_seconds": compile_seconds} if name == "compile" else {})
         )
@@ -218,6 +222,12 @@ def _errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str,
     outputs = {name: value for name, value in exact.items() if name.startswith("output")}
     gradients = {name: value for name, value in exact.items() if name not in outputs}
     return relative_errors(got, outputs) | typical_errors([got], [gradients])
+
+
+def _problems(errors: Mapping[str, float], of_eager: Mapping[str, float] | None) -> list[str]:
+    """What is wrong: outputs as everywhere, gradients above four times eager's error and a thousandth."""
+    small = [name for name in errors if name.startswith("gradient") and errors[name] <= _JUMPS]
+    return verdict({n: e for n, e in errors.items() if n not in small}, torch.float32, of_eager)
 
 
 # --- the hybrid step -----------------------------------------------------------------------------
@@ -275,7 +285,11 @@ def _in_turns(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float
     for _, (name, call) in itertools.product(range(_TURNS), calls.items()):
         start = time.perf_counter()
         call()
-        for _ in range(rounds_for(time.perf_counter() - start, seconds, 1)):
+        once = time.perf_counter() - start
+        if once > seconds:
+            times[name].append(1e6 * once)
+            continue
+        for _ in range(rounds_for(once, seconds, 1)):
             start = time.perf_counter()
             call()
             times[name].append(1e6 * (time.perf_counter() - start))
@@ -295,7 +309,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="instead of the thesis's")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a variant's turn")
     args = parser.parse_args(argv)
-    before, rows = commit(), []
+    rows: list[Row] = []
+    results = {
+        "command": ["python", "-m", "benchmarks.flows", *(sys.argv[1:] if argv is None else argv)],
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(_CPU),
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for workload in FLOWS:
         if args.data and workload.data not in args.data:
             continue
@@ -308,16 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 mode = args.mode if task in _COMPILED else None
                 new = measure_flow(sized, task, mode, args.seconds)
             rows += [row | {"matmul_gflop_s": rate} for row in new]
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
             print(workload.data, task, {r["variant"]: r["us"][1] / 1e3 for r in new}, flush=True)
-    results = {
-        "command": ["python", "-m", "benchmarks.flows", *(sys.argv[1:] if argv is None else argv)],
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": before,
-        "machine": machine(_CPU),
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
     wrong = [
         f"wrong: {r['data']} {r['task']} {r['variant']}: {p}" for r in rows for p in r["problems"]
     ]
