@@ -303,10 +303,6 @@ struct Window {  // the panels around a position, as stretches of neighbouring o
   }
 };
 
-inline Lanes positive(Lanes v) { return v < Lanes{} ? Lanes{} : v; }
-
-inline Lanes where_positive(Lanes h, Lanes v) { return h <= Lanes{} ? Lanes{} : v; }
-
 // relu(first convolution) for the tiles [begin, end) of hidden rows.
 void hidden_panel(const Window& window, int64_t taps_channels, const Parts& hidden, Range tiles,
                   const float* packed, const float* bias, float* to) {
@@ -607,18 +603,6 @@ struct Backward {
                                          to + r * seen.weights.row);
           });
       });
-  }
-
-  static void add_row_sums(const float* panels, int64_t stride, int64_t count, int64_t rows,
-                           float* to) {
-    for (int64_t r = 0; r < rows; ++r) {
-      Lanes a = Lanes{}, b = Lanes{};
-      for (int64_t i = 0; i < count; ++i) {
-        a += load(panels + i * stride + r * kPanel);
-        b += load(panels + i * stride + r * kPanel + kLanes);
-      }
-      to[r] += fold(a + b);
-    }
   }
 
   void start(Range rows, bool with_bias2, const Gradients& sums) const {

@@ -118,10 +118,6 @@ struct Layer {  // weight is (outputs, inputs)
   }
 };
 
-inline Lanes positive(Lanes v) { return v < Lanes{} ? Lanes{} : v; }
-
-inline Lanes where_positive(Lanes h, Lanes v) { return h <= Lanes{} ? Lanes{} : v; }
-
 struct Net {
   Layer first, second, third;
 
@@ -303,17 +299,6 @@ void map_panel(const Call& call, int64_t panel, MapMoved map_moved, const float*
 }
 
 // --- its gradients ---------------------------------------------------------------------------------
-
-void add_row_sums(const float* panels, int64_t stride, int64_t count, int64_t rows, float* to) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Lanes a = Lanes{}, b = Lanes{};
-    for (int64_t i = 0; i < count; ++i) {
-      a += load(panels + i * stride + r * kPanel);
-      b += load(panels + i * stride + r * kPanel + kLanes);
-    }
-    to[r] += fold(a + b);
-  }
-}
 
 // to, (rows, columns), += inner products of rows of a with columns of b.
 void add_inner_products(const float* a, int64_t rows, const float* b, int64_t columns,

@@ -175,4 +175,23 @@ inline void inner_products(const float* a, const float* b, const Pair* pairs, in
   }
 }
 
+// --- layers with a ReLU ----------------------------------------------------------------------------
+
+inline Lanes positive(Lanes v) { return v < Lanes{} ? Lanes{} : v; }
+
+inline Lanes where_positive(Lanes h, Lanes v) { return h <= Lanes{} ? Lanes{} : v; }
+
+// to += the sums of so many panels' rows, over their lanes; panels are `stride` apart.
+inline void add_row_sums(const float* panels, int64_t stride, int64_t count, int64_t rows,
+                         float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Lanes a = Lanes{}, b = Lanes{};
+    for (int64_t i = 0; i < count; ++i) {
+      a += load(panels + i * stride + r * kPanel);
+      b += load(panels + i * stride + r * kPanel + kLanes);
+    }
+    to[r] += fold(a + b);
+  }
+}
+
 }  // namespace
