@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["check", "check_float", "first_order", "operator"]
+__all__ = ["check", "check_float", "contiguous", "first_order", "operator"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,6 +41,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return call
+
+
+def contiguous(*values: Tensor | None) -> list[Any]:
+    """Each as a contiguous tensor, or None where it is None."""
+    return [None if v is None else v.contiguous() for v in values]
 
 
 def check_float(name: str, value: Tensor) -> None:

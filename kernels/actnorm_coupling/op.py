@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._operator import check, check_float, first_order, operator
+from .._operator import check, check_float, contiguous, first_order, operator
 from . import native_impl, reference
 from .form import PLAIN, CouplingForm
 
@@ -44,10 +44,6 @@ def _arranged(x: Tensor, *others: Tensor | None) -> list[Any]:
     return [x, *(None if t is None else t.contiguous(memory_format=last) for t in others)]
 
 
-def _vectors(*values: Tensor | None) -> list[Any]:
-    return [None if v is None else v.contiguous() for v in values]
-
-
 # --- bodies: arranged operands to the implementation that fits them ------------------------------
 
 
@@ -60,7 +56,7 @@ def _identity_body(
     form: str,
     flip: bool,
 ) -> Tensor:
-    operands = (*_arranged(x), *_vectors(log_scale, bias, index))
+    operands = (*_arranged(x), *contiguous(log_scale, bias, index))
     implementation = _implementation(*operands[:3])
     return implementation.identity(*operands, moved, CouplingForm.parse(form), flip)
 
@@ -76,7 +72,7 @@ def _identity_backward_body(
     flip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, grad = _arranged(a, grad)
-    operands = (grad, a, *_vectors(log_scale, bias, index))
+    operands = (grad, a, *contiguous(log_scale, bias, index))
     implementation = _implementation(*operands[:4])
     return implementation.identity_backward(*operands, moved, CouplingForm.parse(form), flip)
 
@@ -93,7 +89,7 @@ def _map_body(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    operands = (*_arranged(x, params), *_vectors(log_scale, bias, gain, log_det, index))
+    operands = (*_arranged(x, params), *contiguous(log_scale, bias, gain, log_det, index))
     implementation = _implementation(*operands[:6])
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
@@ -105,7 +101,7 @@ def _gradients_eager(
     out, grad, params = _arranged(out, grad, params)
     operands = (
         *(grad, grad_log_det.contiguous(), out, params),
-        *_vectors(*vectors),
+        *contiguous(*vectors),
     )
     implementation = _implementation(*operands[:7])
     return implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._operator import check, first_order, operator
+from .._operator import check, contiguous, first_order, operator
 from ..actnorm_coupling.form import PLAIN, CouplingForm
-from ..actnorm_coupling.op import _arranged, _check_input, _new, _vectors
+from ..actnorm_coupling.op import _arranged, _check_input, _new
 from ..actnorm_coupling.reference import accumulate_dtype
 from . import native_impl, reference
 
@@ -49,7 +49,7 @@ def _map_body(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
-    operands = (*_arranged(x), *_vectors(*parameters, log_det))
+    operands = (*_arranged(x), *contiguous(*parameters, log_det))
     implementation = _implementation(*operands)
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
@@ -71,7 +71,7 @@ def _gradients_body(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
     out, grad = _arranged(out, grad)
-    operands = (grad, grad_log_det.contiguous(), out, *_vectors(*parameters))
+    operands = (grad, grad_log_det.contiguous(), out, *contiguous(*parameters))
     implementation = _implementation(*operands[2:])
     grads = implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
     # An operator returns tensors only: an empty one stands for that of an operand not given.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._operator import check, check_float, first_order, operator
+from .._operator import check, check_float, contiguous, first_order, operator
 from .._philox import choose_seed
 from . import native_impl, reference
 
@@ -23,10 +23,6 @@ def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
     return native_impl if backend == "native" else reference
 
 
-def _contiguous(*values: Tensor | None) -> list[Any]:
-    return [None if v is None else v.contiguous() for v in values]
-
-
 # --- bodies, and what the compiler sees instead of them ------------------------------------------
 
 
@@ -38,17 +34,17 @@ def _dequantize_body(
     levels: int,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    operands = _contiguous(x, seed, noise, log_det)
+    operands = contiguous(x, seed, noise, log_det)
     return _implementation(*operands).dequantize(*operands, levels, alpha)
 
 
 def _logit_body(x: Tensor, log_det: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
-    operands = _contiguous(x, log_det)
+    operands = contiguous(x, log_det)
     return _implementation(*operands).logit(*operands, alpha)
 
 
 def _logit_backward_body(grad: Tensor, grad_log_det: Tensor, y: Tensor, alpha: float) -> Tensor:
-    operands = _contiguous(grad, grad_log_det, y)
+    operands = contiguous(grad, grad_log_det, y)
     return _implementation(*operands).logit_backward(*operands, alpha)
 
 
@@ -58,7 +54,7 @@ def _inverse_body(y: Tensor, alpha: float) -> Tensor:
 
 
 def _inverse_backward_body(grad: Tensor, y: Tensor, alpha: float) -> Tensor:
-    operands = _contiguous(grad, y)
+    operands = contiguous(grad, y)
     return _implementation(*operands).inverse_backward(*operands, alpha)
 
 

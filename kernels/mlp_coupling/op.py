@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._operator import check, check_float, first_order, operator
+from .._operator import check, check_float, contiguous, first_order, operator
 from ..actnorm_coupling.form import PLAIN, CouplingForm
 from ..actnorm_coupling.reference import accumulate_dtype
 from . import native_impl, reference
@@ -37,10 +37,6 @@ def _is_float32(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _contiguous(*values: Tensor | None) -> list[Any]:
-    return [None if v is None else v.contiguous() for v in values]
-
-
 # --- bodies: contiguous operands to the implementation that fits them ----------------------------
 
 
@@ -61,7 +57,7 @@ def _map_body(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     layers = weight1, bias1, weight2, bias2, weight3, bias3
-    operands = _contiguous(x, *layers, log_scale, bias, gain, log_det)
+    operands = contiguous(x, *layers, log_scale, bias, gain, log_det)
     implementation = _implementation(x, weight2, *operands[1:])
     return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
 
@@ -70,7 +66,7 @@ def _gradients_eager(
     grad: Tensor, grad_log_det: Tensor, out: Tensor, *others: Any
 ) -> tuple[Tensor | None, ...]:
     *parameters, form, flip, inverse = others
-    operands = _contiguous(grad, grad_log_det, out, *parameters)
+    operands = contiguous(grad, grad_log_det, out, *parameters)
     implementation = _implementation(out, parameters[2], *operands)
     return implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
 
