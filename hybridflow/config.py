@@ -132,6 +132,10 @@ class Config:
     """A row of the ablation, or the baseline flowgmm."""
     fused: bool = False
     """Swap in the fused kernels."""
+    graphs: bool = True
+    """With --fused on a GPU: replay the step as one CUDA graph."""
+    profile: bool = False
+    """Time each phase of the run, and trace three of its steps."""
     steps: PositiveInt = 1000
     """Training steps."""
     epochs: PositiveFloat | None = None

@@ -47,6 +47,14 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json.gz"
+
     def picture(self, name: str) -> Path:
         """Where the picture of this name lies."""
         return self.path / f"{name}.png"

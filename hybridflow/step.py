@@ -21,6 +21,7 @@ from hybridflow.objective import (
     pseudo_label,
     supervised,
 )
+from hybridflow.phases import phase
 
 __all__ = ["HybridStep"]
 
@@ -73,45 +74,56 @@ class HybridStep:
 
     def _step(self) -> dict[str, Tensor]:
         w = self.terms
-        x_l, y = self.labelled.next()
-        x_u, _ = self.unlabelled.next()
-        assert y is not None
-        sizes = [len(x_l), len(x_u)]
-        x = dequantise(torch.cat((x_l, x_u)), self.levels)
+        with phase("data"):
+            x_l, y = self.labelled.next()
+            x_u, _ = self.unlabelled.next()
+            assert y is not None
+            sizes = [len(x_l), len(x_u)]
+            x = dequantise(torch.cat((x_l, x_u)), self.levels)
 
-        joint = self.model.joint_log_prob(x)
-        joint_l, joint_u = joint.split(sizes)
+        with phase("flow"):
+            joint = self.model.joint_log_prob(x)
+            joint_l, joint_u = joint.split(sizes)
         if w.w_adv_d or w.w_adv_g:
-            z_k, soft_labels = boundary_sample(self.model.prior, len(x_u), w.beta)
-            z_n = torch.randn(len(x_u), self.model.flow.latent_sizes[1], device=self.device)
-            generated = self.model.inverse(z_k, z_n)
-            sizes.append(len(generated))
-            x = torch.cat((x, generated.detach()))
+            with phase("sampling"):
+                z_k, soft_labels = boundary_sample(self.model.prior, len(x_u), w.beta)
+                z_n = torch.randn(len(x_u), self.model.flow.latent_sizes[1], device=self.device)
+                generated = self.model.inverse(z_k, z_n)
+                sizes.append(len(generated))
+                x = torch.cat((x, generated.detach()))
 
-        l_l, l_u, *l_generated = self.discriminator(x).split(sizes)
-        terms_d = {"sup_d": supervised(l_l, y)}
-        if w.w_adv_d:
-            terms_d["adv_d"] = adversarial_d(l_u, *l_generated)
-        if w.w_pl_d:
-            terms_d["pl_d"] = pseudo_label(l_u, joint_u.softmax(1))
-        loss_d = self._weighted(terms_d)
-        self._update(self.discriminator, self.optimiser_d, loss_d)
+        with phase("discriminator"):
+            l_l, l_u, *l_generated = self.discriminator(x).split(sizes)
+            terms_d = {"sup_d": supervised(l_l, y)}
+            if w.w_adv_d:
+                terms_d["adv_d"] = adversarial_d(l_u, *l_generated)
+            if w.w_pl_d:
+                terms_d["pl_d"] = pseudo_label(l_u, joint_u.softmax(1))
+            loss_d = self._weighted(terms_d)
+        with phase("backward of the discriminator"):
+            gradients = _gradients(loss_d, self.discriminator)
+        with phase("optimisers"):
+            self._update(self.optimiser_d, gradients)
 
-        terms_g = {}
-        if w.w_sup_g:
-            terms_g["sup_g"] = supervised(joint_l, y, w.threshold)
-        if w.w_nll:
-            terms_g["nll"] = nll(joint, self.dims)
-        if w.w_joint:
-            terms_g["joint"] = joint_nll(joint_l, y, self.dims) + nll(joint_u, self.dims)
-        if w.w_adv_g:
-            terms_g["adv_g"] = adversarial_g(self.discriminator(generated), soft_labels)
-        if w.w_pl_g:
-            terms_g["pl_g"] = pseudo_label(joint_u, l_u.softmax(1))
-        loss_g = self._weighted(terms_g)
-        self._update(self.model, self.optimiser_g, loss_g)
+        with phase("objective of the flow"):
+            terms_g = {}
+            if w.w_sup_g:
+                terms_g["sup_g"] = supervised(joint_l, y, w.threshold)
+            if w.w_nll:
+                terms_g["nll"] = nll(joint, self.dims)
+            if w.w_joint:
+                terms_g["joint"] = joint_nll(joint_l, y, self.dims) + nll(joint_u, self.dims)
+            if w.w_adv_g:
+                terms_g["adv_g"] = adversarial_g(self.discriminator(generated), soft_labels)
+            if w.w_pl_g:
+                terms_g["pl_g"] = pseudo_label(joint_u, l_u.softmax(1))
+            loss_g = self._weighted(terms_g)
+        with phase("backward of the flow"):
+            gradients = _gradients(loss_g, self.model)
+        with phase("optimisers"):
+            self._update(self.optimiser_g, gradients)
+            self._advance()
 
-        self._advance()
         terms = {"loss_d": loss_d, **terms_d, "loss_g": loss_g, **terms_g}
         return {name: value.detach() for name, value in terms.items()}
 
@@ -120,10 +132,9 @@ class HybridStep:
             [getattr(self.terms, f"w_{name}") * t for name, t in terms.items()]
         ).sum()
 
-    def _update(self, network: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-        """One Adam step of this network alone, at the learning rate of the schedule."""
-        parameters = _trained(network)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    def _update(self, optimiser: torch.optim.Optimizer, gradients: tuple[Tensor, ...]) -> None:
+        """One Adam step, at the learning rate of the schedule."""
+        parameters = optimiser.param_groups[0]["params"]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, self.optimiser_config.clip, foreach=True)
@@ -201,6 +212,11 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
+
+
+def _gradients(loss: Tensor, network: nn.Module) -> tuple[Tensor, ...]:
+    """Of the network's parameters alone."""
+    return torch.autograd.grad(loss, _trained(network), allow_unused=True, materialize_grads=True)
 
 
 def _averaged(network: nn.Module) -> dict[str, Tensor]:

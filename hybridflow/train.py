@@ -17,7 +17,7 @@ _DESCRIPTION = f"""Train a flow, a Gaussian mixture and a discriminator together
 
 --preset NAME starts from a preset: {", ".join(PRESETS)}; by default the one named after the data set.
 --resume RUN continues a run from its last checkpoint."""
-_RESUMABLE = {"steps", "epochs", "minutes", "device", "fused", "data_dir"}
+_RESUMABLE = {"steps", "epochs", "minutes", "device", "fused", "graphs", "profile", "data_dir"}
 
 
 @command

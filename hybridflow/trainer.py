@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hybridflow import __version__, checkpoint
+from hybridflow.capture import CapturedStep
 from hybridflow.config import Config
 from hybridflow.data import (
     Batches,
@@ -38,8 +40,10 @@ from hybridflow.flow import MixtureFlow, dequantise
 from hybridflow.kernels import fuse
 from hybridflow.networks import build_discriminator, build_model
 from hybridflow.objective import terms_of
+from hybridflow.phases import phase
 from hybridflow.pictures import confusion_picture, curves, latent_picture, scatter_panels
 from hybridflow.prediction import Prediction, predict
+from hybridflow.profiling import RunProfile
 from hybridflow.run import RunFolder, resolve_device
 from hybridflow.sample import draw_samples, picture_samples
 from hybridflow.step import HybridStep
@@ -115,6 +119,10 @@ class Trainer:
             total_steps=self.total_steps,
             autocast=config.precision == "bf16",
         )
+        graphs = config.graphs and config.fused and self.device.type == "cuda"
+        self.train_step = (
+            CapturedStep(self._summed_step, self.device) if graphs else self._summed_step
+        )
         self.done = 0
         self.seconds = self.step_seconds = 0.0
         self.sums: dict[str, Tensor] = {}
@@ -170,7 +178,15 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         bar = tqdm(total=self.total_steps, initial=self.done, unit="step", dynamic_ncols=True)
         self._open_metrics()
-        with _Interrupts() as stop, SummaryWriter(str(self.folder.tensorboard)) as board, bar:
+        profile = None
+        if config.profile:
+            profile = RunProfile(self.device, self.folder.profile, self.folder.trace)
+        with (
+            _Interrupts() as stop,
+            SummaryWriter(str(self.folder.tensorboard)) as board,
+            bar,
+            profile or nullcontext(),
+        ):
             while self.done < self.total_steps and self.seconds < limit and not stop.signal:
                 began = time.perf_counter()
                 self._one_step()
@@ -183,12 +199,19 @@ class Trainer:
                         return self._diverged(row)
                 self.step_seconds += time.perf_counter() - began
                 if ends or self.done % config.eval_every == 0:
-                    row |= self._validate()
+                    with phase("evaluation"):
+                        row |= self._validate()
                 if row:
-                    self._log(row, board, bar)
+                    with phase("logging"):
+                        self._log(row, board, bar)
                 if ends or self.done % config.save_every == 0:
-                    self.save()
+                    with phase("checkpoint"):
+                        self.save()
                 bar.update()
+                if profile:
+                    profile.step()
+        if profile:
+            profile.report()
         if stop.signal:
             self.save()
             print(
@@ -213,12 +236,16 @@ class Trainer:
         for batches in self.labelled, self.unlabelled:
             if self.done % batches.steps_per_epoch == 0:
                 batches.shuffle()
+        self.train_step()
+        self.summed += 1
+        self.done += 1
+
+    def _summed_step(self) -> None:
+        """A step whose terms are added up on the device; this is what a graph holds."""
         terms = self.step()
         if not self.sums:
             self.sums = {name: torch.zeros_like(value) for name, value in terms.items()}
         torch._foreach_add_(list(self.sums.values()), list(terms.values()))
-        self.summed += 1
-        self.done += 1
 
     def _read_sums(self) -> dict[str, float]:
         """Mean of every term since the last reading, the only place the loop waits for the device."""

@@ -1,6 +1,7 @@
 """A run end to end: what it leaves behind, how it resumes, and how it refuses."""
 
 import csv
+import gzip
 import importlib
 import json
 import os
@@ -132,6 +133,34 @@ def test_metrics_have_a_row_per_log_and_evaluation(finished_run: RunFolder):
     assert [row["step"] for row in logged] == ["3", "6", "9", "12"]
     assert all(float(row["loss_g"]) and float(row["loss_d"]) for row in logged)
     assert [bool(row["validation_flow_accuracy"]) for row in logged] == [False, True, False, True]
+
+
+def test_a_profile_tells_the_time_of_every_phase(
+    finished_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = RunFolder(tmp_path / "profiled")
+    assert train(replace(TINY, steps=16, profile=True), folder) == 0
+    profile = json.loads(folder.profile.read_text())
+    phases = profile["phases"]
+    calls = {name: row["calls"] for name, row in phases.items()}
+    assert profile["steps"] == 16
+    assert {calls[n] for n in ("data", "flow", "sampling", "backward of the flow")} == {16}
+    assert calls["optimisers"] == 32 and calls["evaluation"] == 3 and calls["checkpoint"] == 4
+    assert all(row["seconds"] > 0 for row in phases.values())
+    seconds = sum(row["seconds"] for row in phases.values())
+    assert seconds == pytest.approx(profile["seconds"], rel=1e-3)
+    with gzip.open(folder.trace, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    named = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == "sampling"]
+    assert len(named) == 3
+    output = capsys.readouterr().out
+    assert "ms a call" in output and str(folder.profile) in output
+
+
+def test_a_profile_changes_no_result(finished_run: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "profiled")
+    assert train(replace(TINY, profile=True), folder) == 0
+    assert same_state(folder.checkpoint, finished_run.checkpoint)
 
 
 def test_runs_with_one_seed_are_equal_and_with_two_are_not(finished_run: RunFolder, tmp_path: Path):

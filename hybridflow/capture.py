@@ -1,0 +1,166 @@
+"""The step as one CUDA graph, and what would keep a step from becoming one."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hybridflow.errors import InputError
+from hybridflow.phases import phase
+
+__all__ = ["CapturedStep", "Trace", "trace"]
+
+WARM_UP = 3
+"""Ordinary calls before the capture, in which kernels are compiled and optimiser states are made."""
+
+
+class CapturedStep:
+    """A function of no arguments that from its fourth call on is one replay of a CUDA graph.
+
+    The first three calls run it as it is, on a stream of their own, and train as any others do; the
+    fourth captures it and replays the graph for the first time. Random numbers are those of the
+    device's default generator, as without a graph. cuDNN measures its algorithms in the first calls,
+    so that they are fixed before the capture.
+
+    Everything the function reads and writes has to stay where it is: load states in place. What it
+    returns is overwritten by the next call.
+
+    Args:
+        function: what to capture; static shapes, no host reads.
+        device: where it runs.
+
+    Raises:
+        InputError: the device is no GPU.
+        RuntimeError: from the call that captures: the function cannot be, naming what prevents it.
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+        if device.type != "cuda":
+            raise InputError(f"device: got {device}, want a CUDA device: only those replay graphs")
+        self._function, self._device = function, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls = 0
+        self._result: Any = None
+
+    def __call__(self) -> Any:
+        """Call or replay; the function's result."""
+        if self._calls < WARM_UP:
+            self._calls += 1
+            return self._warm_up()
+        if self._graph is None:
+            self._graph = self._capture()
+        with phase("replay"):
+            self._graph.replay()
+        return self._result
+
+    def _warm_up(self) -> Any:
+        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side), _Benchmark():
+            result = self._function()
+        current.wait_stream(side)
+        return result
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        try:
+            with torch.cuda.device(self._device), _Benchmark(), torch.cuda.graph(graph):
+                self._result = self._function()
+        except RuntimeError as error:
+            found = trace(self._function).obstacles
+            reason = "; ".join(found) or str(error).splitlines()[0]
+            raise RuntimeError(
+                f"the step cannot be captured as a CUDA graph: {reason}; "
+                "run it without (--no-graphs)"
+            ) from error
+        return graph
+
+
+class _Benchmark:
+    """While entered, cuDNN measures its algorithms once for each shape and keeps to the fastest."""
+
+    def __enter__(self) -> None:
+        self._before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cudnn.benchmark = self._before
+
+
+# --- what prevents a capture ---------------------------------------------------------------------
+
+_REASONS = {
+    torch.Tag.data_dependent_output: "reads a value of the data on the host",
+    torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on the data",
+}
+_INDEXING = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+_MASKS = (torch.bool, torch.uint8)
+_HERE, _TORCH = Path(__file__), Path(torch.__file__).parent
+
+
+class Trace(TorchDispatchMode):
+    """While entered, notes every operation, backward and optimisers included.
+
+    Attributes:
+        operations: names and the shapes of tensor arguments, in order. A step that can be captured has the
+            same in every call.
+        obstacles: what cannot be part of a CUDA graph, and where it is called, each once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, tuple[torch.Size, ...]]] = []
+        self.obstacles: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        made = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
+        self.operations.append((str(func), tuple(a.shape for a in given)))
+        if reason := _obstacle(func, args, {t.device.type for t in (*given, *made)}):
+            text = f"{func} {reason} ({_caller()})"
+            if text not in self.obstacles:
+                self.obstacles.append(text)
+        return result
+
+
+def trace(function: Callable[[], Any]) -> Trace:
+    """Call the function, on whatever device its tensors are, and note what it does."""
+    with Trace() as found:
+        function()
+    return found
+
+
+def _obstacle(func: Any, args: tuple[Any, ...], devices: set[str]) -> str | None:
+    if func is torch.ops.aten.lift_fresh.default:
+        return "makes a tensor of numbers on the host"
+    if len(devices) > 1:
+        return f"mixes tensors on {' and '.join(sorted(devices))}"
+    tags = set(func.tags)
+    if func in _INDEXING and not any(i is not None and i.dtype in _MASKS for i in args[1]):
+        tags.discard(torch.Tag.dynamic_output_shape)
+    return next((reason for tag, reason in _REASONS.items() if tag in tags), None)
+
+
+def _caller() -> str:
+    """File and line of the innermost call from outside of PyTorch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path != _HERE and _TORCH not in path.parents:
+            return f"{path.name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown"
