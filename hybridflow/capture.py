@@ -1,7 +1,8 @@
 """The step as one CUDA graph, and what would keep a step from becoming one."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,13 +38,14 @@ class CapturedStep:
 
     Raises:
         InputError: the device is no GPU.
-        RuntimeError: from the call that captures: the function cannot be, naming what prevents it.
+        RuntimeError: from the third call: the function cannot be captured, naming what prevents it.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         if device.type != "cuda":
             raise InputError(f"device: got {device}, want a CUDA device: only those replay graphs")
         self._function, self._device = function, device
+        self._side = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
         self._result: Any = None
@@ -60,38 +62,36 @@ class CapturedStep:
         return self._result
 
     def _warm_up(self) -> Any:
-        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side), _Benchmark():
+        """A call on the side stream; the last one is watched for what no graph can hold."""
+        watch = Trace() if self._calls == WARM_UP else None
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side), _benchmark(), watch or nullcontext():
             result = self._function()
-        current.wait_stream(side)
+        current.wait_stream(self._side)
+        if watch and watch.obstacles:
+            raise RuntimeError(
+                f"the step cannot be a CUDA graph: {'; '.join(watch.obstacles)}. Mend that, or run it "
+                "without a graph (--no-graphs)"
+            )
         return result
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device)
-        try:
-            with torch.cuda.device(self._device), _Benchmark(), torch.cuda.graph(graph):
-                self._result = self._function()
-        except RuntimeError as error:
-            found = trace(self._function).obstacles
-            reason = "; ".join(found) or str(error).splitlines()[0]
-            raise RuntimeError(
-                f"the step cannot be captured as a CUDA graph: {reason}; "
-                "run it without (--no-graphs)"
-            ) from error
+        with torch.cuda.device(self._device), _benchmark(), torch.cuda.graph(graph):
+            self._result = self._function()
         return graph
 
 
-class _Benchmark:
+@contextmanager
+def _benchmark() -> Iterator[None]:
     """While entered, cuDNN measures its algorithms once for each shape and keeps to the fastest."""
-
-    def __enter__(self) -> None:
-        self._before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.benchmark = self._before
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 # --- what prevents a capture ---------------------------------------------------------------------

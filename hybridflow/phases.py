@@ -26,7 +26,7 @@ def phase(name: str) -> Iterator[None]:
     Within a captured CUDA graph a phase marks the capture, not the replays.
     """
     with nvtx.annotate(name, domain="hybridflow") if nvtx else nullcontext():
-        if not _clocks or torch.cuda.is_current_stream_capturing():
+        if not _clocks or _clocks[-1].capturing():
             yield
             return
         with _clocks[-1].measure(name), record_function(name):
@@ -57,6 +57,10 @@ class PhaseClock:
 
     def __exit__(self, *_: object) -> None:
         _clocks.remove(self)
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, which holds no times."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
