@@ -1,42 +1,53 @@
-"""The op on the CPU in float32: the native conditioner between the native actnorm and coupling.
+"""Launchers of native.cpp: float32 CPU tensors in, tensors out, as in reference.py.
 
-Launchers as in reference.py, without native code of their own. The hidden layer is never stored; raw and
-shift, which are as large as x, are.
+Contiguous x is used as it is, channels-last x copied to it and back. The hidden layer is never stored.
 """
 
 import torch
 from torch import Tensor
 
-from ..actnorm_coupling import native_impl as coupling
+from .. import native
 from ..actnorm_coupling.form import CouplingForm
-from ..conv_conditioner import native_impl as conditioner
+from ..actnorm_coupling.native_impl import layout_for
 
-__all__ = ["gradients", "map"]
-
-
-def _as(x: Tensor, v: Tensor) -> Tensor:
-    """In the memory format of x: contiguous or channels-last."""
-    if x.is_contiguous():
-        return v.contiguous()
-    return v.contiguous(memory_format=torch.channels_last)
+__all__ = ["gradients", "gradients_from", "map", "map_keeping"]
 
 
-def _kept(x: Tensor, moved: int, flip: bool) -> Tensor:
-    """A view of the identity part."""
-    return x.narrow(1, moved if flip else 0, x.shape[1] - moved)
+def _call(x: Tensor, weight2: Tensor, form: str, flip: bool, inverse: bool) -> tuple[object, ...]:
+    """What a call is like, beside its operands."""
+    outputs, hidden, size, _ = weight2.shape
+    layout = layout_for(x.shape, True, x.dtype, x.dtype, outputs // 2, form, flip, inverse)
+    return layout, x.shape[2], x.shape[3], hidden, size
 
 
-def _conditioner_input(
+def _like(x: Tensor, v: Tensor) -> Tensor:
+    """In the memory format of x."""
+    return v if x.is_contiguous() else v.contiguous(memory_format=torch.channels_last)
+
+
+def map_keeping(
     x: Tensor,
-    moved: int,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
     log_scale: Tensor | None,
     bias: Tensor | None,
-    form: CouplingForm,
+    gain: Tensor | None,
+    log_det: Tensor | None,
+    form: str,
     flip: bool,
-) -> Tensor:
-    if log_scale is None or bias is None:
-        return _kept(x, moved, flip)
-    return coupling.identity(x, log_scale, bias, None, moved, form, flip)
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`map` of contiguous operands, and what the conditioner made: (B, 2T, h, w)."""
+    out, total = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+    params = x.new_empty((x.shape[0], weight2.shape[0], *x.shape[2:]))
+    native.load().call(
+        "conv_coupling",
+        *(x, weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det, out, params, total),
+        *_call(x, weight2, form, flip, inverse),  # type: ignore[arg-type]
+    )
+    return out, total, params
 
 
 def map(
@@ -53,10 +64,9 @@ def map(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    norm = (None, None) if inverse else (log_scale, bias)
-    a = _conditioner_input(x, weight2.shape[0] // 2, *norm, form, flip)
-    params = _as(x, conditioner.forward(a, weight1, bias1, weight2, bias2))
-    return coupling.map(x, params, log_scale, bias, gain, log_det, None, form, flip, inverse)
+    operands = weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det
+    out, total, _ = map_keeping(x.contiguous(), *operands, form.key, flip, inverse)
+    return _like(x, out), total
 
 
 def gradients(
@@ -74,20 +84,34 @@ def gradients(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    moved = weight2.shape[0] // 2
-    norm = (log_scale, bias) if inverse else (None, None)
-    a = _conditioner_input(out, moved, *norm, form, flip)
-    params = _as(out, conditioner.forward(a, weight1, bias1, weight2, bias2))
-    grad_x, grad_params, grad_log_scale, grad_bias, grad_gain = coupling.gradients(
-        grad_out, grad_log_det, out, params, log_scale, bias, gain, None, form, flip, inverse
+    parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
+    operands = grad_out.contiguous(), grad_log_det, out.contiguous(), None
+    grad_x, *grads = gradients_from(*operands, *parameters, form.key, flip, inverse)
+    return _like(out, grad_x), *grads  # type: ignore[return-value]
+
+
+def gradients_from(
+    grad_out: Tensor,
+    grad_log_det: Tensor,
+    out: Tensor,
+    params: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    log_scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    form: str,
+    flip: bool,
+    inverse: bool,
+) -> list[Tensor | None]:
+    """`gradients` of contiguous operands, from what the conditioner made or, without it, made anew."""
+    parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
+    grads = [None if v is None else torch.empty_like(v) for v in (out, *parameters)]
+    native.load().call(
+        "conv_coupling_backward",
+        *(grad_out, grad_log_det, out, params, *parameters, *grads),
+        *_call(out, weight2, form, flip, inverse),  # type: ignore[arg-type]
     )
-    assert grad_params is not None
-    grad_a, *of_weights = conditioner.backward(grad_params, a, weight1, bias1, weight2)
-    # The conditioner's input is actnorm's output in the forward, and the given y in the inverse.
-    if not inverse and log_scale is not None and bias is not None:
-        assert grad_log_scale is not None and grad_bias is not None
-        operands = _as(out, grad_a), _as(out, a), log_scale, bias
-        grad_a, *more = coupling.identity_backward(*operands, None, moved, form, flip)
-        grad_log_scale, grad_bias = grad_log_scale + more[0], grad_bias + more[1]
-    _kept(grad_x, moved, flip).add_(grad_a)
-    return grad_x, *of_weights, grad_log_scale, grad_bias, grad_gain  # type: ignore[return-value]
+    return grads

@@ -142,6 +142,43 @@ class _ConvCoupling(torch.autograd.Function):
         return (grad_x, *present, grad_total if ctx.accumulates else None, *(None,) * 3)
 
 
+class _Keeping(torch.autograd.Function):
+    """The same on the CPU in one native call each way, where nothing has to be arranged: raw and shift,
+    as large as x, are kept, so that the backward need not run the conditioner for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        out, total, params = native_impl.map_keeping(x, *others)
+        *parameters, log_det, form, flip, inverse = others
+        ctx.save_for_backward(out, params, *parameters)
+        ctx.choices = form, flip, inverse
+        ctx.accumulates = log_det is not None
+        return out, total
+
+    @staticmethod
+    @first_order
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        out, *saved = ctx.saved_tensors
+        given = (
+            torch.zeros_like(out) if grad is None else grad.contiguous(),
+            out.new_zeros(out.shape[0]) if grad_total is None else grad_total.contiguous(),
+        )
+        grads = native_impl.gradients_from(*given, out, *saved, *ctx.choices)
+        return *grads, grad_total if ctx.accumulates else None, None, None, None
+
+
+def _is_ready(*operands: Tensor | None) -> bool:
+    """Whether the native library can take all of these as they are."""
+    x = operands[0]
+    assert x is not None
+    if torch.compiler.is_compiling() or _backend.choose(x) != "native":
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous()) for t in operands)
+
+
 def apply(
     x: Tensor,
     weight1: Tensor,
@@ -158,7 +195,8 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """The op without the checks, for callers whose operands fit by construction."""
     operands = (x, weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det)
-    return _ConvCoupling.apply(*operands, form.key, flip, inverse)
+    function = _Keeping if _is_ready(*operands) else _ConvCoupling
+    return function.apply(*operands, form.key, flip, inverse)
 
 
 # --- public functions ----------------------------------------------------------------------------

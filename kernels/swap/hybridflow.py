@@ -48,7 +48,7 @@ class FusedFlowStep(Fused):
         vectors, flip = (norm.log_scale, norm.bias), coupling.flip
         if (layers := _dense_layers(coupling, x)) is not None:
             return mlp_coupling(x, *layers, *vectors, coupling.gain, log_det, flip=flip)
-        if (weights := _weights_on_gpu(coupling, x)) is not None:
+        if (weights := _weights(coupling, x)) is not None:
             return conv_coupling(x, *weights, *vectors, coupling.gain, log_det, flip=flip)
         a, x = tap(x, coupling.channels // 2, *vectors, flip=flip)
         operands = (_params(coupling.conditioner, a), *vectors, coupling.gain, log_det)
@@ -59,16 +59,19 @@ class FusedFlowStep(Fused):
         operands, flip = (norm.log_scale, norm.bias, coupling.gain, log_det), coupling.flip
         if (layers := _dense_layers(coupling, y)) is not None:
             return mlp_coupling_inverse(y, *layers, *operands, flip=flip)
-        if (weights := _weights_on_gpu(coupling, y)) is not None:
+        if (weights := _weights(coupling, y)) is not None:
             return conv_coupling_inverse(y, *weights, *operands, flip=flip)
         a, y = tap(y, coupling.channels // 2, flip=flip)
         params = _params(coupling.conditioner, a)
         return actnorm_coupling_inverse(y, params, *operands, flip=flip)
 
 
-def _weights_on_gpu(coupling: Any, x: Tensor) -> _Weights | None:
-    """The conditioner's, where a GPU runs it with the coupling as one op and that is faster."""
-    if not _is_on_gpu(x) or x.dim() != 4 or x.dtype not in _OF_CONV_COUPLING or not _is_eager(x):
+def _weights(coupling: Any, x: Tensor) -> _Weights | None:
+    """The conditioner's, where it runs with the coupling as one op and that is faster."""
+    if x.dim() != 4 or not _is_eager(x):
+        return None
+    ready = x.dtype in _OF_CONV_COUPLING if _is_on_gpu(x) else is_native(x) and x.is_contiguous()
+    if not ready:
         return None
     kept = coupling.channels - coupling.channels // 2
     return _weights_of_one_op(coupling.conditioner, (x.shape[0], kept, *x.shape[2:]), x)
