@@ -5,7 +5,7 @@ device's default generator, the step count and every schedule in device tensors.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridflow.config import ObjectiveConfig, OptimiserConfig
 from hybridflow.data import Batches
@@ -21,6 +21,7 @@ from hybridflow.objective import (
     pseudo_label,
     supervised,
 )
+from hybridflow.optimiser import Optimiser
 from hybridflow.phases import phase
 
 __all__ = ["HybridStep"]
@@ -60,12 +61,9 @@ class HybridStep:
         self.device = model.prior.means.device
         self.autocast = autocast
         self.total_steps = total_steps
-        self.optimiser_config = optimiser
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.optimiser_g = self._adam(model, optimiser.lr_g, optimiser.beta1_g)
-        self.optimiser_d = self._adam(discriminator, optimiser.lr_d, optimiser.beta1_d)
-        self.average_g = _averaged(model)
-        self.average_d = _averaged(discriminator)
+        self.optimiser_g = Optimiser(model, optimiser.lr_g, optimiser.beta1_g, optimiser)
+        self.optimiser_d = Optimiser(discriminator, optimiser.lr_d, optimiser.beta1_d, optimiser)
 
     def __call__(self) -> dict[str, Tensor]:
         """Train on the next batch; returns each term's value and the two losses, 0-d tensors."""
@@ -101,9 +99,9 @@ class HybridStep:
                 terms_d["pl_d"] = pseudo_label(l_u, joint_u.softmax(1))
             loss_d = self._weighted(terms_d)
         with phase("backward of the discriminator"):
-            gradients = _gradients(loss_d, self.discriminator)
+            gradient = self.optimiser_d.gradient(loss_d)
         with phase("optimisers"):
-            self._update(self.optimiser_d, gradients)
+            self.optimiser_d.step(gradient)
 
         with phase("objective of the flow"):
             terms_g = {}
@@ -119,10 +117,12 @@ class HybridStep:
                 terms_g["pl_g"] = pseudo_label(joint_u, l_u.softmax(1))
             loss_g = self._weighted(terms_g)
         with phase("backward of the flow"):
-            gradients = _gradients(loss_g, self.model)
+            gradient = self.optimiser_g.gradient(loss_g)
         with phase("optimisers"):
-            self._update(self.optimiser_g, gradients)
-            self._advance()
+            self.optimiser_g.step(gradient)
+            for optimiser in (self.optimiser_g, self.optimiser_d):
+                optimiser.advance(self.count, self.total_steps)
+            self.count.add_(1)
 
         terms = {"loss_d": loss_d, **terms_d, "loss_g": loss_g, **terms_g}
         return {name: value.detach() for name, value in terms.items()}
@@ -132,45 +132,16 @@ class HybridStep:
             [getattr(self.terms, f"w_{name}") * t for name, t in terms.items()]
         ).sum()
 
-    def _update(self, optimiser: torch.optim.Optimizer, gradients: tuple[Tensor, ...]) -> None:
-        """One Adam step, at the learning rate of the schedule."""
-        parameters = optimiser.param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grad_norm_(parameters, self.optimiser_config.clip, foreach=True)
-        optimiser.step()
-
-    def _advance(self) -> None:
-        """Average the weights, count the step, set the next learning rates: all on the device."""
-        config = self.optimiser_config
-        t = self.count
-        weight = 1 - torch.clamp((1 + t) / (10 + t), max=config.ema_decay)
-        _move_towards(self.average_g, self.model, weight)
-        _move_towards(self.average_d, self.discriminator, weight)
-        t.add_(1)
-        left = (1 - t / self.total_steps) / (1 - config.decay_from)
-        self.optimiser_g.param_groups[0]["lr"].copy_(config.lr_g * left.clamp(0, 1))
-        self.optimiser_d.param_groups[0]["lr"].copy_(config.lr_d * left.clamp(0, 1))
-
-    def _adam(self, network: nn.Module, lr: float, beta1: float) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            _trained(network),
-            lr=torch.tensor(lr, device=self.device),
-            betas=(beta1, 0.999),
-            fused=True,
-            capturable=self.device.type == "cuda",
-        )
-
     def start_averages(self) -> None:
         """Start the weight averages from the weights as they are now."""
-        self.average_g |= _averaged(self.model)
-        self.average_d |= _averaged(self.discriminator)
+        self.optimiser_g.start_average()
+        self.optimiser_d.start_average()
 
     def averaged_states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """State dicts of the model and of the discriminator with the averaged weights."""
         return (
-            {**self.model.state_dict(), **self.average_g},
-            {**self.discriminator.state_dict(), **self.average_d},
+            {**self.model.state_dict(), **self.optimiser_g.average},
+            {**self.discriminator.state_dict(), **self.optimiser_d.average},
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -199,47 +170,12 @@ class HybridStep:
             "count": self.count,
             **_prefixed("model", self.model.state_dict()),
             **_prefixed("discriminator", self.discriminator.state_dict()),
-            **_prefixed("average_g", self.average_g),
-            **_prefixed("average_d", self.average_d),
-            **_prefixed("optimiser_g", _adam_state(self.optimiser_g)),
-            **_prefixed("optimiser_d", _adam_state(self.optimiser_d)),
+            **_prefixed("average_g", self.optimiser_g.average),
+            **_prefixed("average_d", self.optimiser_d.average),
+            **_prefixed("optimiser_g", self.optimiser_g.tensors()),
+            **_prefixed("optimiser_d", self.optimiser_d.tensors()),
         }
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [p for p in network.parameters() if p.requires_grad]
-
-
-def _gradients(loss: Tensor, network: nn.Module) -> tuple[Tensor, ...]:
-    """Of the network's parameters alone."""
-    return torch.autograd.grad(loss, _trained(network), allow_unused=True, materialize_grads=True)
-
-
-def _averaged(network: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _move_towards(averages: dict[str, Tensor], network: nn.Module, weight: Tensor) -> None:
-    old, new = list(averages.values()), list[Tensor](_trained(network))
-    difference = torch._foreach_sub(new, old)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(old, difference)
-
-
-def _adam_state(optimiser: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter number, made now if no step has been taken yet."""
-    group = optimiser.param_groups[0]
-    state = {"lr": group["lr"]}
-    for i, parameter in enumerate(group["params"]):
-        of_parameter = optimiser.state[parameter]
-        if not of_parameter:
-            of_parameter["step"] = torch.zeros((), device=parameter.device)
-            of_parameter["exp_avg"] = torch.zeros_like(parameter)
-            of_parameter["exp_avg_sq"] = torch.zeros_like(parameter)
-        state |= {f"{i}.{name}": tensor for name, tensor in of_parameter.items()}
-    return state

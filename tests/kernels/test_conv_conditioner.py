@@ -123,8 +123,8 @@ def step(conditioner=None, flip=False):
 
 
 @pytest.mark.parametrize("direction", ("forward", "inverse"))
-def test_a_fused_step_takes_it_and_unfused_it_is_as_before(calls, direction):
-    model, x = step(), torch.randn(9, 6, 4, 4)
+def test_a_fused_channels_last_step_takes_it_and_unfused_it_is_as_before(calls, direction):
+    model, x = step(), torch.randn(9, 6, 4, 4).to(memory_format=torch.channels_last)
     before, log_det = getattr(model, direction)(x)
     fuse(model)
     after, fused_log_det = getattr(model, direction)(x)
@@ -194,8 +194,12 @@ def test_it_is_not_taken_where_the_table_says_so_or_under_autocast(calls):
 
 @pytest.mark.parametrize("direction", ("forward", "inverse"))
 @pytest.mark.parametrize("flip", (False, True))
-def test_on_a_gpu_the_whole_step_is_one_op(calls, monkeypatch, direction, flip):
-    monkeypatch.setattr(swap, "_is_on_gpu", lambda x: True)
+@pytest.mark.parametrize("on_gpu", (False, True))
+def test_contiguous_or_on_a_gpu_the_whole_step_is_one_op(
+    calls, monkeypatch, direction, flip, on_gpu
+):
+    if on_gpu:
+        monkeypatch.setattr(swap, "_is_on_gpu", lambda x: True)
     whole = []
     for name in ("conv_coupling", "conv_coupling_inverse"):
         op = getattr(swap, name)

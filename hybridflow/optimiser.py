@@ -1,0 +1,91 @@
+"""Adam with clipping, a schedule and weight averaging, over a network's weights as one vector."""
+
+import torch
+from torch import Tensor, nn
+
+from hybridflow.config import OptimiserConfig
+
+__all__ = ["Optimiser"]
+
+
+class Optimiser:
+    """Trains a network whose trained parameters become views of one vector, in place.
+
+    So each of clipping, Adam and averaging is a single call, whatever the number of layers: of a flow
+    of dozens of couplings, hundreds of small ones would take longer than their arithmetic. The learning
+    rate lies on the device.
+
+    Args:
+        network: its parameters have to stay where they are from now on: load states in place.
+        lr: learning rate at the start.
+        beta1: Adam's β1.
+        config: clipping, schedule and averaging.
+
+    Attributes:
+        average: the averaged weights by their names.
+    """
+
+    def __init__(
+        self, network: nn.Module, lr: float, beta1: float, config: OptimiserConfig
+    ) -> None:
+        self._config, self._lr = config, lr
+        named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.weights = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        for parameter, view in zip(self.parameters, self._views(self.weights), strict=True):
+            parameter.data = view
+        self._averaged = self.weights.detach().clone()
+        self.average = dict(zip(named, self._views(self._averaged), strict=True))
+        device = self.weights.device
+        self.adam = torch.optim.Adam(
+            [self.weights],
+            lr=torch.tensor(lr, device=device),
+            betas=(beta1, 0.999),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        moments = ("exp_avg", "exp_avg_sq")
+        state = {name: torch.zeros_like(self._averaged) for name in moments}
+        self.adam.state[self.weights] = {"step": torch.zeros((), device=device)} | state
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.detach().split([p.numel() for p in self.parameters])
+        return [v.view(p.shape) for v, p in zip(parts, self.parameters, strict=True)]
+
+    @property
+    def lr(self) -> Tensor:
+        """The learning rate of the next step, 0-d."""
+        return self.adam.param_groups[0]["lr"]
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """Of the loss with respect to these weights alone, as one vector."""
+        # What the forward kept in float32 the backward takes in float32 too.
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(
+                loss, self.parameters, allow_unused=True, materialize_grads=True
+            )
+            return torch.cat([g.flatten() for g in gradients])
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One Adam step along the gradient, whose norm is clipped in place."""
+        shrink = self._config.clip / (torch.linalg.vector_norm(gradient) + 1e-6)
+        self.weights.grad = gradient.mul_(shrink.clamp(max=1))
+        self.adam.step()
+        torch.clear_autocast_cache()  # casts of the weights as they were
+
+    @torch.no_grad()
+    def advance(self, count: Tensor, total_steps: int) -> None:
+        """Average the weights after `count` + 1 steps (0-d), and set the next learning rate."""
+        weight = 1 - torch.clamp((1 + count) / (10 + count), max=self._config.ema_decay)
+        self._averaged.lerp_(self.weights, weight)
+        left = (1 - (count + 1) / total_steps) / (1 - self._config.decay_from)
+        self.lr.copy_(self._lr * left.clamp(0, 1))
+
+    def start_average(self) -> None:
+        """Start the average from the weights as they are now."""
+        self._averaged.copy_(self.weights.detach())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Adam's live tensors, which a resumed run needs beside weights and averages."""
+        return {"lr": self.lr, **self.adam.state[self.weights]}
