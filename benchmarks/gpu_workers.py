@@ -8,8 +8,9 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,42 @@ def _compared(case: Case) -> list[dict[str, Any]]:
     ]
 
 
+# --- the captured step ---------------------------------------------------------------------------
+
+_VARIANTS = (("bf16", True), ("fp32", True))
+_UNFUSED = ("fp32", False)
+
+
+def graph(data: str) -> None:
+    """The step of a preset's networks as a CUDA graph: a row for each property, and of the smallest
+    networks' step also layer by layer."""
+    from benchmarks.gpu_graph import check_step
+
+    variants = [*_VARIANTS, *([_UNFUSED] if data == "digits" else [])]
+    for precision, fused in variants:
+        kind = {"data": data, "precision": precision, "fused": fused}
+        _print_rows(kind, lambda p=precision, f=fused: check_step(data, p, f, _CUDA))
+
+
+def graph_run(folder: str) -> None:
+    """A step that cannot be captured, and runs that are stopped and resumed: a row for each."""
+    from benchmarks.gpu_graph import check_refusal, check_resumed
+
+    _print_rows({}, lambda: [check_refusal(_CUDA)])
+    for precision, _ in _VARIANTS:
+        where = Path(folder, precision)
+        _print_rows({}, lambda p=precision, w=where: [check_resumed(w, p, _CUDA)])
+
+
+def _print_rows(kind: Mapping[str, Any], rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+    try:
+        for row in rows():
+            _print_row(row)
+    except Exception as error:  # what one check does not survive hides no other
+        failure = {"check": "every check", "passed": False, "problems": [_brief(error)]}
+        _print_row({**kind, **failure})
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -120,6 +157,8 @@ _WORKERS: dict[str, Callable[..., None]] = {
     "autotune": autotune,
     "check": check_cases,
     "exercise": exercise,
+    "graph": graph,
+    "graph-run": graph_run,
     "train": train,
 }
 

@@ -174,7 +174,9 @@ def test_a_failed_capture_tells_its_first_error(without_a_card, monkeypatch):
 def test_a_step_that_cannot_be_captured_names_what_prevents_it():
     ones = torch.ones(3, device="cuda")
     step = CapturedStep(lambda: (ones + torch.rand_like(ones)).sum().item(), torch.device("cuda"))
-    with pytest.raises(RuntimeError, match=r"_local_scalar_dense.default reads a value .*test_capture.py"):
+    with pytest.raises(
+        RuntimeError, match=r"_local_scalar_dense.default reads a value .*test_capture.py"
+    ):
         for _ in range(5):
             step()
     assert torch.rand_like(ones).sum().item() < 3  # the device and its generator still work
