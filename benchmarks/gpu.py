@@ -23,7 +23,7 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_queue import CHECKOUT, Context, Results, run_queue
+from benchmarks.gpu_queue import CHECKOUT, Context, Results, Stage, run_queue
 from benchmarks.gpu_stages import STAGES, copy_suites, first_gpu, git_commit
 
 __all__ = ["main"]
@@ -165,9 +165,9 @@ def main(argv: Sequence[str]) -> int:
     ) as folder:
         scratch = Path(folder)
         context = Context(gpu, scratch, args.state or scratch, out, args.wheels, args.data_dir)
-        stages = [s for s in STAGES if args.only is None or s.name in args.only]
-        if args.only is None:
-            stages = [s for s in stages if not _is_done(s.name, results, context)]
+        stages = _pending(results, context)
+        if args.only is not None:
+            stages = [stage for stage in STAGES if stage.name in args.only]
         copy_suites(context)
         try:
             passed = run_queue(
@@ -178,11 +178,13 @@ def main(argv: Sequence[str]) -> int:
     return 0 if passed else 1
 
 
-def _is_done(stage: str, results: Results, context: Context) -> bool:
-    """Whether an earlier call passed a stage; the environment is looked at in every call."""
-    if stage == "environment" or (stage == "install" and not context.target.exists()):
-        return False
-    return results.status(stage) == "passed"
+def _pending(results: Results, context: Context) -> list[Stage]:
+    """What no earlier call passed, that which failed last; the environment is looked at in every
+    call, and an installation that is gone is made anew."""
+    lost = {"environment"} if context.target.exists() else {"environment", "install"}
+    todo = [s for s in STAGES if s.name in lost or results.status(s.name) != "passed"]
+    setup = ("environment", "install")
+    return sorted(todo, key=lambda s: s.name not in setup and results.status(s.name) == "failed")
 
 
 if __name__ == "__main__":

@@ -45,9 +45,11 @@ def check_step(data: str, precision: str, fused: bool, device: torch.device) -> 
     kind = {"data": data, "precision": precision, "fused": fused}
     workload = next(w for w in FLOWS if w.data == data)
     step = hybrid_step(workload, precision, fused, device)
-    with deterministic() as without:
+    with deterministic() as caught:
         found = compare(step, lambda function: CapturedStep(function, device))
-        yield kind | found | {"without_deterministic_algorithm": sorted(without)}
+        texts = {str(warning.message).splitlines()[0][:200] for warning in caught}
+        without = sorted(text for text in texts if "deterministic" in text)
+        yield kind | found | {"without_deterministic_algorithm": without}
         yield kind | _row("no wait for the device", waits(step))
         first, second = trace(step), trace(step)
         problems = [f"obstacle: {obstacle}" for obstacle in second.obstacles]
@@ -84,25 +86,22 @@ def hybrid_step(
 
 
 @contextlib.contextmanager
-def deterministic() -> Iterator[set[str]]:
-    """While entered, algorithms do the same twice; yields the warnings of those that have none.
+def deterministic() -> Iterator[list[warnings.WarningMessage]]:
+    """While entered, algorithms do the same twice; yields the warnings, also of those that have none.
 
     cuDNN measures its algorithms with and without a graph: choices by a heuristic may be others.
     Fresh memory holds NaN.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    without: set[str] = set()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = True
         try:
-            yield without
+            yield caught
         finally:
             torch.use_deterministic_algorithms(before[0])
             torch.backends.cudnn.benchmark = before[1]
-            texts = [str(w.message).splitlines()[0] for w in caught]
-            without |= {text[:200] for text in texts if "deterministic" in text}
 
 
 def _row(check: str, problems: list[str]) -> Row:

@@ -131,19 +131,21 @@ def test_stopped_it_leaves_what_is_known_and_nothing_else(
 
 
 def _count_runs(monkeypatch: pytest.MonkeyPatch, *statuses: str) -> dict[str, int]:
-    """Replace the stages by "environment", "install" and "a", which ends as `statuses` say in turn."""
+    """Replace the stages by "environment", "install", "a", which ends as `statuses` say in turn, and
+    "b"; counts their runs, in the order of the last."""
     runs: dict[str, int] = {}
     endings = iter(statuses)
 
     def stage(name: str) -> Stage:
         def run(context: Context, seconds: float, report: Any) -> dict[str, Any]:
-            runs[name] = runs.get(name, 0) + 1
+            runs[name] = runs.pop(name, 0) + 1
             context.target.mkdir(parents=True, exist_ok=True)
             return {"status": next(endings) if name == "a" else "passed", "summary": ""}
 
         return Stage(name, 1, run)
 
-    monkeypatch.setattr(gpu, "STAGES", [stage(name) for name in ("environment", "install", "a")])
+    names = ("environment", "install", "a", "b")
+    monkeypatch.setattr(gpu, "STAGES", [stage(name) for name in names])
     return runs
 
 
@@ -155,14 +157,25 @@ def test_a_second_call_goes_on_with_what_has_not_passed(
     state = tmp_path / "state"
     arguments = ["--minutes", "1", "--state", str(state)]
     assert [gpu.main(arguments) for _ in range(3)] == [1, 0, 0]
-    assert runs == {"environment": 3, "install": 1, "a": 2}
+    assert runs == {"environment": 3, "install": 1, "a": 2, "b": 1}
     found = json.loads((state / "results.json").read_text())
     assert [call["minutes"] for call in found["calls"]] == [1.0, 1.0, 1.0]
     calls = {name: result["call"] for name, result in found["stages"].items()}
-    assert calls == {"environment": 3, "install": 1, "a": 2}
+    assert calls == {"environment": 3, "install": 1, "a": 2, "b": 1}
     (state / "target").rmdir()
     assert gpu.main(arguments) == 0 and runs["install"] == 2
     assert gpu.main([*arguments, "--only", "a"]) == 1 and runs["a"] == 3  # out of endings: failed
+
+
+def test_what_failed_runs_after_what_did_not_run_but_for_the_installation(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _count_runs(monkeypatch)
+    results = Results(context.out, {})
+    for name in ("environment", "install", "a"):
+        results.record(name, {"status": "failed"})
+    names = [stage.name for stage in gpu._pending(results, context)]
+    assert names == ["environment", "install", "b", "a"]
 
 
 def test_a_state_of_another_checkout_or_card_is_refused(
