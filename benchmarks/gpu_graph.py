@@ -24,6 +24,7 @@ from hybridflow.capture import CapturedStep, trace
 from hybridflow.config import PRESETS, Config
 from hybridflow.data import Batches
 from hybridflow.kernels import fuse
+from hybridflow.kernels.swap import _choices
 from hybridflow.networks import build_discriminator, build_model
 from hybridflow.objective import terms_of
 from hybridflow.run import RunFolder
@@ -40,12 +41,15 @@ Step = Callable[[], Mapping[str, Tensor]]
 Run = tuple[Tensor, dict[str, Tensor]]
 
 
-def check_step(data: str, precision: str, fused: bool, device: torch.device) -> Iterator[Row]:
-    """A row for each property of a preset's step on random images."""
-    kind = {"data": data, "precision": precision, "fused": fused}
+def check_step(data: str, precision: str, variant: str, device: torch.device) -> Iterator[Row]:
+    """A row for each property of a preset's step on random images.
+
+    Variants: "unfused", "fused", and "one op", fused with every conditioner in one op with its coupling.
+    """
+    kind = {"data": data, "precision": precision, "variant": variant}
     workload = next(w for w in FLOWS if w.data == data)
-    step = hybrid_step(workload, precision, fused, device)
-    with deterministic() as caught:
+    step = hybrid_step(workload, precision, variant != "unfused", device)
+    with _choices.using(variant == "one op"), deterministic() as caught:
         found = compare(step, lambda function: CapturedStep(function, device))
         texts = {str(warning.message).splitlines()[0][:200] for warning in caught}
         without = sorted(text for text in texts if "deterministic" in text)

@@ -363,8 +363,8 @@ def graph_stage(context: Context, seconds: float, report: Report) -> Result:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    how = "" if row.get("fused", True) else "unfused"
-    return " ".join(filter(None, (row.get("data"), row.get("precision"), how, row["check"])))
+    names = ("data", "precision", "variant", "check")
+    return " ".join(row[name] for name in names if name in row)
 
 
 # --- sanitizer ------------------------------------------------------------------------------------

@@ -107,8 +107,9 @@ def _compared(case: Case) -> list[dict[str, Any]]:
 
 # --- the captured step ---------------------------------------------------------------------------
 
-_VARIANTS = (("bf16", True), ("fp32", True))
-_UNFUSED = ("fp32", False)
+# Under autocast no conditioner is one op.
+_VARIANTS = (("bf16", "fused"), ("fp32", "fused"), ("fp32", "one op"))
+_UNFUSED = ("fp32", "unfused")
 
 
 def graph(data: str) -> None:
@@ -117,9 +118,9 @@ def graph(data: str) -> None:
     from benchmarks.gpu_graph import check_step
 
     variants = [*_VARIANTS, *([_UNFUSED] if data == "digits" else [])]
-    for precision, fused in variants:
-        kind = {"data": data, "precision": precision, "fused": fused}
-        _print_rows(kind, lambda p=precision, f=fused: check_step(data, p, f, _CUDA))
+    for precision, variant in variants:
+        kind = {"data": data, "precision": precision, "variant": variant}
+        _print_rows(kind, lambda p=precision, v=variant: check_step(data, p, v, _CUDA))
 
 
 def graph_run(folder: str) -> None:
@@ -127,7 +128,7 @@ def graph_run(folder: str) -> None:
     from benchmarks.gpu_graph import check_refusal, check_resumed
 
     _print_rows({}, lambda: [check_refusal(_CUDA)])
-    for precision, _ in _VARIANTS:
+    for precision in ("bf16", "fp32"):
         where = Path(folder, precision)
         _print_rows({}, lambda p=precision, w=where: [check_resumed(w, p, _CUDA)])
 

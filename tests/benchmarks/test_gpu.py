@@ -912,7 +912,7 @@ def test_a_resumed_run_is_compared_with_a_whole_one(
 
 
 def _check(check: str, problems: list[str]) -> str:
-    row = {"data": "MNIST", "precision": "bf16", "fused": False, "check": check}
+    row = {"data": "MNIST", "precision": "bf16", "variant": "unfused", "check": check}
     return json.dumps(row | {"passed": not problems, "problems": problems})
 
 
