@@ -8,8 +8,9 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,43 @@ def _compared(case: Case) -> list[dict[str, Any]]:
     ]
 
 
+# --- the captured step ---------------------------------------------------------------------------
+
+# Under autocast no conditioner is one op.
+_VARIANTS = (("bf16", "fused"), ("fp32", "fused"), ("fp32", "one op"))
+_UNFUSED = ("fp32", "unfused")
+
+
+def graph(data: str) -> None:
+    """The step of a preset's networks as a CUDA graph: a row for each property, and of the smallest
+    networks' step also layer by layer."""
+    from benchmarks.gpu_graph import check_step
+
+    variants = [*_VARIANTS, *([_UNFUSED] if data == "digits" else [])]
+    for precision, variant in variants:
+        kind = {"data": data, "precision": precision, "variant": variant}
+        _print_rows(kind, lambda p=precision, v=variant: check_step(data, p, v, _CUDA))
+
+
+def graph_run(folder: str) -> None:
+    """A step that cannot be captured, and runs that are stopped and resumed: a row for each."""
+    from benchmarks.gpu_graph import check_refusal, check_resumed
+
+    _print_rows({}, lambda: [check_refusal(_CUDA)])
+    for precision in ("bf16", "fp32"):
+        where = Path(folder, precision)
+        _print_rows({}, lambda p=precision, w=where: [check_resumed(w, p, _CUDA)])
+
+
+def _print_rows(kind: Mapping[str, Any], rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+    try:
+        for row in rows():
+            _print_row(row)
+    except Exception as error:  # what one check does not survive hides no other
+        failure = {"check": "every check", "passed": False, "problems": [_brief(error)]}
+        _print_row({**kind, **failure})
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -120,6 +158,8 @@ _WORKERS: dict[str, Callable[..., None]] = {
     "autotune": autotune,
     "check": check_cases,
     "exercise": exercise,
+    "graph": graph,
+    "graph-run": graph_run,
     "train": train,
 }
 

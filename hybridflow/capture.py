@@ -24,10 +24,11 @@ WARM_UP = 3
 class CapturedStep:
     """A function of no arguments that from its fourth call on is one replay of a CUDA graph.
 
-    The first three calls run it as it is, on a stream of their own, and train as any others do; the
-    fourth captures it and replays the graph for the first time. Random numbers are those of the
-    device's default generator, as without a graph. cuDNN measures its algorithms in the first calls,
-    so that they are fixed before the capture.
+    The first three calls run it as it is, on the stream of the capture, and train as any others do;
+    the third also looks for what cannot be captured, since a capture that fails leaves the generator
+    of random numbers unusable. The fourth captures the function and replays the graph for the first
+    time. Random numbers are those of the device's default generator, as without a graph. cuDNN
+    measures its algorithms in the first calls, so that they are fixed before the capture.
 
     Everything the function reads and writes has to stay where it is: load states in place. What it
     returns is overwritten by the next call.
@@ -38,14 +39,16 @@ class CapturedStep:
 
     Raises:
         InputError: the device is no GPU.
-        RuntimeError: from the third call: the function cannot be captured, naming what prevents it.
+        RuntimeError: from the third or the fourth call: the function cannot be captured, naming what
+            prevents it.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         if device.type != "cuda":
             raise InputError(f"device: got {device}, want a CUDA device: only those replay graphs")
         self._function, self._device = function, device
-        self._side = torch.cuda.Stream(device)
+        # One for warm-up and capture, so that gradients are never summed across two streams.
+        self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
         self._result: Any = None
@@ -62,25 +65,41 @@ class CapturedStep:
         return self._result
 
     def _warm_up(self) -> Any:
-        """A call on the side stream; the last one is watched for what no graph can hold."""
-        watch = Trace() if self._calls == WARM_UP else None
         current = torch.cuda.current_stream(self._device)
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side), _benchmark(), watch or nullcontext():
+        self._stream.wait_stream(current)
+        last = self._calls == WARM_UP
+        with torch.cuda.stream(self._stream), _benchmark(), Trace() if last else nullcontext() as t:
             result = self._function()
-        current.wait_stream(self._side)
-        if watch and watch.obstacles:
-            raise RuntimeError(
-                f"the step cannot be a CUDA graph: {'; '.join(watch.obstacles)}. Mend that, or run it "
-                "without a graph (--no-graphs)"
-            )
+        current.wait_stream(self._stream)
+        if t is not None and t.obstacles:
+            raise _cannot("; ".join(t.obstacles))
         return result
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), _benchmark(), torch.cuda.graph(graph):
-            self._result = self._function()
+        try:
+            with (
+                torch.cuda.device(self._device),
+                _benchmark(),
+                torch.cuda.graph(graph, stream=self._stream),
+            ):
+                self._result = self._function()
+        except RuntimeError as error:
+            raise _cannot(_first_line(error)) from error
         return graph
+
+
+def _cannot(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"the step cannot be captured as a CUDA graph: {reason}; run it without (--no-graphs)"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the error that came first: ending a capture that has failed raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -150,8 +169,9 @@ def _obstacle(func: Any, args: tuple[Any, ...], devices: set[str]) -> str | None
     if len(devices) > 1:
         return f"mixes tensors on {' and '.join(sorted(devices))}"
     tags = set(func.tags)
-    if func in _INDEXING and not any(i is not None and i.dtype in _MASKS for i in args[1]):
-        tags.discard(torch.Tag.dynamic_output_shape)
+    if func in _INDEXING:
+        masked = any(i is not None and i.dtype in _MASKS for i in args[1])
+        tags = {torch.Tag.dynamic_output_shape} if masked else set()
     return next((reason for tag, reason in _REASONS.items() if tag in tags), None)
 
 

@@ -1,5 +1,8 @@
 """What would keep a step from becoming a CUDA graph is found on any device, and named."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
@@ -48,6 +51,7 @@ x = torch.tensor([1.0, -2.0, 3.0])
         (lambda: x.nonzero(), "nonzero", "shape depends"),
         (lambda: x[x > 0], "index", "shape depends"),
         (lambda: x.unique(), "unique", "shape depends"),
+        (lambda: x.clone().index_put_((x > 0,), x[:2]), "index_put_", "shape depends"),
         (lambda: torch.tensor([0.1, 0.2]) + 1, "lift_fresh", "on the host"),
         (lambda: x.to("meta"), "_to_copy", "mixes tensors on cpu and meta"),
     ],
@@ -93,11 +97,86 @@ def test_only_a_gpu_replays_graphs():
         CapturedStep(lambda: None, torch.device("cpu"))
 
 
+captures: list[Callable[[], None]] = []
+calls: list[str] = []
+
+
+class _Stream:
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class _Graph:
+    def replay(self) -> None:
+        captures[-1]()
+
+
+@pytest.fixture
+def without_a_card(monkeypatch):
+    captures.clear()
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    @contextmanager
+    def graph(graph: _Graph, stream: _Stream) -> Iterator[None]:
+        captures.append(lambda: calls.append("replay"))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+def test_three_calls_then_one_capture_then_replays(without_a_card):
+    calls.clear()
+    step = CapturedStep(lambda: calls.append("call"), torch.device("cuda"))
+    for _ in range(5):
+        step()
+    assert calls == ["call"] * 3 + ["call", "replay", "replay"]  # the fourth is captured
+    assert len(captures) == 1
+
+
+def test_what_cannot_be_captured_is_refused_before_a_capture(without_a_card):
+    step = CapturedStep(lambda: (x + torch.rand(3)).sum().item(), torch.device("cuda"))
+    step()
+    step()
+    with pytest.raises(RuntimeError, match=r"_local_scalar_dense.default reads .*--no-graphs"):
+        step()
+    assert not captures
+
+
+def test_a_failed_capture_tells_its_first_error(without_a_card, monkeypatch):
+    @contextmanager
+    def graph(graph: _Graph, stream: _Stream) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    def function() -> None:
+        calls.append("call")
+        if len(calls) == 4:
+            raise RuntimeError("the cause\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    calls.clear()
+    step = CapturedStep(function, torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="as a CUDA graph: the cause; run it without"):
+        for _ in range(4):
+            step()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_step_that_cannot_be_captured_names_what_prevents_it():
     ones = torch.ones(3, device="cuda")
-    step = CapturedStep(lambda: ones.sum().item(), torch.device("cuda"))
-    with pytest.raises(RuntimeError, match=r"_local_scalar_dense reads a value .*test_capture.py"):
+    step = CapturedStep(lambda: (ones + torch.rand_like(ones)).sum().item(), torch.device("cuda"))
+    with pytest.raises(
+        RuntimeError, match=r"_local_scalar_dense.default reads a value .*test_capture.py"
+    ):
         for _ in range(5):
             step()
-    assert ones.sum().item() == 3  # the device still works
+    assert torch.rand_like(ones).sum().item() < 3  # the device and its generator still work

@@ -3,6 +3,8 @@
 Contiguous x is used as it is, channels-last x copied to it and back. The hidden layer is never stored.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ..actnorm_coupling.native_impl import layout_for
 __all__ = ["gradients", "gradients_from", "map", "map_keeping"]
 
 
-def _call(x: Tensor, weight2: Tensor, form: str, flip: bool, inverse: bool) -> tuple[object, ...]:
+def _call(x: Tensor, weight2: Tensor, form: str, flip: bool, inverse: bool) -> tuple[native.Argument, ...]:
     """What a call is like, beside its operands."""
     outputs, hidden, size, _ = weight2.shape
     layout = layout_for(x.shape, True, x.dtype, x.dtype, outputs // 2, form, flip, inverse)
@@ -45,7 +47,7 @@ def map_keeping(
     native.load().call(
         "conv_coupling",
         *(x, weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det, out, params, total),
-        *_call(x, weight2, form, flip, inverse),  # type: ignore[arg-type]
+        *_call(x, weight2, form, flip, inverse),
     )
     return out, total, params
 
@@ -84,9 +86,11 @@ def gradients(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
-    operands = grad_out.contiguous(), grad_log_det, out.contiguous(), None
-    grad_x, *grads = gradients_from(*operands, *parameters, form.key, flip, inverse)
+    grad_x, *grads = gradients_from(
+        *(grad_out.contiguous(), grad_log_det, out.contiguous(), None),
+        *(weight1, bias1, weight2, bias2, log_scale, bias, gain),
+        *(form.key, flip, inverse),
+    )
     return _like(out, grad_x), *grads  # type: ignore[return-value]
 
 
@@ -105,13 +109,13 @@ def gradients_from(
     form: str,
     flip: bool,
     inverse: bool,
-) -> list[Tensor | None]:
+) -> list[Any]:
     """`gradients` of contiguous operands, from what the conditioner made or, without it, made anew."""
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
     grads = [None if v is None else torch.empty_like(v) for v in (out, *parameters)]
     native.load().call(
         "conv_coupling_backward",
         *(grad_out, grad_log_det, out, params, *parameters, *grads),
-        *_call(out, weight2, form, flip, inverse),  # type: ignore[arg-type]
+        *_call(out, weight2, form, flip, inverse),
     )
     return grads

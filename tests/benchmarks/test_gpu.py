@@ -1,6 +1,5 @@
 """The GPU queue, as far as a machine without a GPU can tell."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -12,38 +11,38 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks
+from benchmarks import gpu, gpu_checks, gpu_graph, gpu_queue, gpu_stages
 from benchmarks.cases import Case
+from benchmarks.gpu_queue import (
+    Context,
+    Outcome,
+    Results,
+    Stage,
+    python,
+    run_commands,
+    run_queue,
+    time_bound,
+)
 from hybridflow import kernels
+from hybridflow.config import FlowConfig
 from hybridflow.kernels import native
 
 _SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 _CPU = torch.device("cpu")
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", _SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = _load()
-
-
 @pytest.fixture
-def context(tmp_path: Path) -> Any:
+def context(tmp_path: Path) -> Context:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return gpu.Context({"name": "a card"}, scratch, tmp_path / "target", tmp_path / "rows.json")
+    return Context({"name": "a card"}, scratch, tmp_path / "kept", tmp_path / "r.json")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -100,7 +99,7 @@ def _pretend_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = folder / "bin" / "nvidia-smi"
     program.parent.mkdir()
     values = {"name": "A Card 9", "memory.total": "1024 MiB"}
-    row = ", ".join(values.get(field, "1") for field in gpu._GPU_FIELDS)
+    row = ", ".join(values.get(field, "1") for field in gpu_stages._GPU_FIELDS)
     program.write_text(f"#!/bin/sh\necho '{row}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
@@ -131,6 +130,87 @@ def test_stopped_it_leaves_what_is_known_and_nothing_else(
     assert not any(tmp_path.glob("hybridflow-gpu-*"))
 
 
+def _count_runs(monkeypatch: pytest.MonkeyPatch, *statuses: str) -> dict[str, int]:
+    """Replace the stages by "environment", "install", "a", which ends as `statuses` say in turn, and
+    "b"; counts their runs, in the order of the last."""
+    runs: dict[str, int] = {}
+    endings = iter(statuses)
+
+    def stage(name: str) -> Stage:
+        def run(context: Context, seconds: float, report: Any) -> dict[str, Any]:
+            runs[name] = runs.pop(name, 0) + 1
+            context.target.mkdir(parents=True, exist_ok=True)
+            return {"status": next(endings) if name == "a" else "passed", "summary": ""}
+
+        return Stage(name, 1, run)
+
+    names = ("environment", "install", "a", "b")
+    monkeypatch.setattr(gpu, "STAGES", [stage(name) for name in names])
+    return runs
+
+
+def test_a_second_call_goes_on_with_what_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_card(tmp_path, monkeypatch)
+    runs = _count_runs(monkeypatch, "failed", "passed")
+    state = tmp_path / "state"
+    arguments = ["--minutes", "1", "--state", str(state)]
+    assert [gpu.main(arguments) for _ in range(3)] == [1, 0, 0]
+    assert runs == {"environment": 3, "install": 1, "a": 2, "b": 1}
+    found = json.loads((state / "results.json").read_text())
+    assert [call["minutes"] for call in found["calls"]] == [1.0, 1.0, 1.0]
+    calls = {name: result["call"] for name, result in found["stages"].items()}
+    assert calls == {"environment": 3, "install": 1, "a": 2, "b": 1}
+    (state / "target").rmdir()
+    assert gpu.main(arguments) == 0 and runs["install"] == 2
+    assert gpu.main([*arguments, "--only", "a"]) == 1 and runs["a"] == 3  # out of endings: failed
+
+
+def test_what_failed_runs_after_what_did_not_run_but_for_the_installation(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _count_runs(monkeypatch)
+    results = Results(context.out, {})
+    for name in ("environment", "install", "a"):
+        results.record(name, {"status": "failed"})
+    names = [stage.name for stage in gpu._pending(results, context)]
+    assert names == ["environment", "install", "b", "a"]
+
+
+def test_a_state_of_another_checkout_or_card_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pretend_card(tmp_path, monkeypatch)
+    _count_runs(monkeypatch, "passed")
+    state = tmp_path / "state"
+    arguments = ["--minutes", "1", "--state", str(state)]
+    assert gpu.main(arguments) == 0
+    before = (state / "results.json").read_text()
+    for name, other in (("sources_digest", lambda: "0f"), ("first_gpu", lambda: {"name": "B"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, name, other)
+            assert gpu.main(arguments) == 2
+    sources, card = capsys.readouterr().err.splitlines()
+    assert "sources is 0f" in sources and "gpu is B" in card and "A Card 9" in card
+    assert (state / "results.json").read_text() == before
+
+
+def test_the_digest_follows_what_runs_and_not_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "CHECKOUT", tmp_path)
+    for name in ("kernels/a.py", "kernels/lib.so", "benchmarks/results/r.json", "runs/r/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    before = gpu.sources_digest()
+    for name in ("kernels/lib.so", "benchmarks/results/r.json", "runs/r/a.json"):
+        (tmp_path / name).write_text("new")
+    assert gpu.sources_digest() == before
+    (tmp_path / "kernels/a.py").write_text("new")
+    assert gpu.sources_digest() != before
+
+
 def test_results_are_named_after_card_and_day() -> None:
     path = gpu.default_out("NVIDIA H100 80GB HBM3", datetime(2026, 3, 4))
     assert path.parent == _SCRIPT.parent / "results"
@@ -141,41 +221,69 @@ def test_results_are_named_after_card_and_day() -> None:
 
 
 def test_the_minutes_are_shared_by_weight() -> None:
-    assert gpu.time_bound(100, [1, 3]) == 25
-    assert gpu.time_bound(75, [3]) == 75
-    assert gpu.time_bound(-1, [1, 1]) == 0
+    assert time_bound(100, [1, 3]) == 25
+    assert time_bound(75, [3]) == 75
+    assert time_bound(-1, [1, 1]) == 0
+    assert time_bound(100, [1, 3], least=40) == 40
+    assert time_bound(30, [1, 3], least=40) == 30
 
 
-def test_time_left_over_goes_to_the_later_stages(context: Any, tmp_path: Path) -> None:
+def test_time_left_over_goes_to_the_later_stages(context: Context, tmp_path: Path) -> None:
     bounds = []
 
-    def run(context: Any, seconds: float, report: Any) -> dict[str, Any]:
+    def run(context: Context, seconds: float, report: Any) -> dict[str, Any]:
         bounds.append(seconds)
         return {"status": "passed"}
 
-    stages = [gpu.Stage(name, 1, run) for name in "abc"]
-    assert gpu.run_queue(stages, context, gpu.Results(tmp_path / "r.json", {}), 90)
+    stages = [Stage(name, 1, run) for name in "abc"]
+    assert run_queue(stages, context, Results(tmp_path / "r.json", {}), 90)
     assert bounds == pytest.approx([30, 45, 90], abs=1)
 
 
-def test_a_failing_stage_is_recorded_and_the_next_one_runs(context: Any, tmp_path: Path) -> None:
+def test_where_later_calls_go_on_a_stage_gets_what_it_wants_or_waits(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    bounds: dict[str, float] = {}
+    monkeypatch.setattr(gpu_queue, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def stage(name: str, wants: float, takes: float) -> Stage:
+        def run(context: Context, seconds: float, report: Any) -> dict[str, Any]:
+            nonlocal now
+            bounds[name] = seconds
+            now += takes
+            return {"status": "passed"}
+
+        return Stage(name, wants, run)
+
+    stages = [stage("a", 350, 300), stage("long", 240, 1), stage("b", 60, 60), stage("c", 99, 1)]
+    results = Results(tmp_path / "r.json", {})
+    assert not run_queue(stages, context, results, 500, resumable=True)
+    assert bounds == {"a": 350, "b": pytest.approx(200 * 60 / 159), "c": 140}
+    assert run_queue([stage("longest", 999, 1)], context, results, 500, resumable=True)
+    assert bounds["longest"] == 500
+
+
+def test_a_failing_stage_is_recorded_and_the_next_one_runs(
+    context: Context, tmp_path: Path
+) -> None:
     path = tmp_path / "r.json"
     seen = []
 
     def look() -> dict[str, Any]:
         return json.loads(path.read_text())["stages"]
 
-    def fails(context: Any, seconds: float, report: Any) -> dict[str, Any]:
+    def fails(context: Context, seconds: float, report: Any) -> dict[str, Any]:
         report({"known": 1})
         seen.append(look())
         raise RuntimeError("no luck")
 
-    def passes(context: Any, seconds: float, report: Any) -> dict[str, Any]:
+    def passes(context: Context, seconds: float, report: Any) -> dict[str, Any]:
         seen.append(look())
         return {"status": "passed", "summary": "fine"}
 
-    stages = [gpu.Stage("first", 1, fails), gpu.Stage("second", 1, passes)]
-    assert not gpu.run_queue(stages, context, gpu.Results(path, {"minutes": 1}), 60)
+    stages = [Stage("first", 1, fails), Stage("second", 1, passes)]
+    assert not run_queue(stages, context, Results(path, {"minutes": 1}), 60)
     assert seen[0]["first"] == {"status": "running", "known": 1, "seconds": 0.0, "bound": 30.0}
     assert seen[1]["first"]["status"] == "failed" and seen[1]["first"]["known"] == 1
     assert "no luck" in seen[1]["first"]["summary"] and "Traceback" in seen[1]["first"]["output"]
@@ -183,12 +291,12 @@ def test_a_failing_stage_is_recorded_and_the_next_one_runs(context: Any, tmp_pat
     assert list(tmp_path.glob("r.json*")) == [path]
 
 
-def test_commands_run_side_by_side_within_their_bound(context: Any) -> None:
+def test_commands_run_side_by_side_within_their_bound(context: Context) -> None:
     talks = "import json; print('noise'); print(json.dumps({'row': 1})); raise SystemExit(3)"
     hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     began = time.monotonic()
-    commands = {name: gpu._python("-c", code) for name, code in (("a", talks), ("b", hangs))}
-    outcomes = gpu.run_commands(commands, context, 1.5)
+    commands = {name: python("-c", code) for name, code in (("a", talks), ("b", hangs))}
+    outcomes = run_commands(commands, context, 1.5)
     assert time.monotonic() - began < 10
     assert outcomes["a"].status == 3 and outcomes["a"].rows == [{"row": 1}]
     assert outcomes["b"].complaint("b") == "b ran out of time"
@@ -196,23 +304,23 @@ def test_commands_run_side_by_side_within_their_bound(context: Any) -> None:
         os.kill(int(outcomes["b"].output), 0)
 
 
-def test_commands_see_the_target_first_and_write_to_scratch(context: Any) -> None:
+def test_commands_see_the_target_first_and_write_to_scratch(context: Context) -> None:
     code = "import os, sys; print(sys.path[0], os.environ['TRITON_CACHE_DIR'], os.getcwd())"
-    output = gpu.run_commands({"a": gpu._python("-c", code)}, context, 20)["a"].output
+    output = run_commands({"a": python("-c", code)}, context, 20)["a"].output
     scratch = context.scratch
-    assert output.split() == [str(context.target), str(scratch / "triton"), str(scratch)]
+    assert output.split() == [str(context.target), str(context.kept / "triton"), str(scratch)]
 
 
-def test_processes_find_the_suites_and_no_checkout(context: Any) -> None:
-    gpu._copy_suites(context)
+def test_processes_find_the_suites_and_no_checkout(context: Context) -> None:
+    gpu_stages.copy_suites(context)
     code = "import benchmarks.gpu as g; print(g.__file__)"
-    output = gpu.run_commands({"a": gpu._python("-c", code)}, context, 20)["a"].output
+    output = run_commands({"a": python("-c", code)}, context, 20)["a"].output
     assert Path(output.strip()) == context.suites / "benchmarks" / "gpu.py"
     assert not (context.suites / "hybridflow").exists()
 
 
 def test_the_table_is_short_and_names_every_stage(tmp_path: Path) -> None:
-    results = gpu.Results(tmp_path / "r.json", {})
+    results = Results(tmp_path / "r.json", {})
     results.record("environment", {"status": "passed", "seconds": 1.0, "summary": "a card"})
     results.record("kernels", {"status": "failed", "seconds": 2.0, "summary": "x" * 9999})
     case = {"op": "actnorm", "shape": [300, 4, 16, 16], "dtype": "float32", "launch": "graph"}
@@ -251,43 +359,45 @@ def test_missing_and_outdated_requirements_are_found(tmp_path: Path) -> None:
         "elsewhere; sys_platform == 'other'",
         "optional; extra == 'test'",
     ]
-    assert gpu.unmet(asked, [str(tmp_path)]) == ["absent", "here"]
+    assert gpu_stages.unmet(asked, [str(tmp_path)]) == ["absent", "here"]
 
 
 def test_the_projects_requirements_hold_those_of_training_and_of_the_tests() -> None:
-    found = gpu.project_requirements(gpu.CHECKOUT / "pyproject.toml")
-    assert {"torch", "tyro", "pytest"} <= {gpu._name(requirement) for requirement in found}
+    found = gpu_stages.project_requirements(gpu_stages.CHECKOUT / "pyproject.toml")
+    assert {"torch", "tyro", "pytest"} <= {gpu_stages._name(requirement) for requirement in found}
 
 
 def test_packages_without_wheels_fail_the_installation_by_name(
-    context: Any, monkeypatch: pytest.MonkeyPatch
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "project_requirements", lambda path: ["no-such-package-zz", "numpy"])
-    monkeypatch.setattr(gpu, "_copy_checkout", lambda context: context.scratch)
-    monkeypatch.setattr(gpu, "_pip", lambda *arguments: gpu.Outcome(0, ""))
-    result = gpu.install_stage(context, 10, lambda result: None)
+    monkeypatch.setattr(
+        gpu_stages, "project_requirements", lambda path: ["no-such-package-zz", "numpy"]
+    )
+    monkeypatch.setattr(gpu_stages, "_copy_checkout", lambda context: context.scratch)
+    monkeypatch.setattr(gpu_stages, "_pip", lambda *arguments: Outcome(0, ""))
+    result = gpu_stages.install_stage(context, 10, lambda result: None)
     assert result["status"] == "failed" and result["lacking"] == ["no-such-package-zz"]
     assert result["summary"].startswith("packages missing, no --wheels folder")
     assert result["summary"].endswith(": no-such-package-zz")
 
 
 def test_optional_packages_come_from_wheels_or_are_done_without(
-    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
-    def pip(context: Any, deadline: float, *arguments: str) -> Any:
+    def pip(context: Context, deadline: float, *arguments: str) -> Any:
         asked.extend(arguments)
-        return gpu.Outcome(0, "")
+        return Outcome(0, "")
 
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     (wheels / "offered_here-1.0-py3-none-any.whl").touch()
-    monkeypatch.setattr(gpu, "_OPTIONAL", ("offered-here", "nowhere-zz"))
-    monkeypatch.setattr(gpu, "project_requirements", lambda path: [])
-    monkeypatch.setattr(gpu, "_copy_checkout", lambda context: context.scratch)
-    monkeypatch.setattr(gpu, "_pip", pip)
-    result = gpu.install_stage(replace(context, wheels=wheels), 10, lambda result: None)
+    monkeypatch.setattr(gpu_stages, "_OPTIONAL", ("offered-here", "nowhere-zz"))
+    monkeypatch.setattr(gpu_stages, "project_requirements", lambda path: [])
+    monkeypatch.setattr(gpu_stages, "_copy_checkout", lambda context: context.scratch)
+    monkeypatch.setattr(gpu_stages, "_pip", pip)
+    result = gpu_stages.install_stage(replace(context, wheels=wheels), 10, lambda result: None)
     assert result["status"] == "passed" and "offered-here" in asked
     assert result["installed"] == ["offered-here"] and result["optional_lacking"] == ["nowhere-zz"]
     assert "without nowhere-zz" in result["summary"]
@@ -506,7 +616,7 @@ def test_no_speed_up_is_given_for_a_wrong_variant() -> None:
     wrong = {"problems": ["y is off"]}
     rows = [_row("fused", 2.0), _row("eager", 7.0), _row("compile", 3.0, **wrong)]
     rows += [_row("fused", 2.0, dtype="bfloat16", **wrong), _row("eager", 9.0, dtype="bfloat16")]
-    (only,) = gpu.speedups(rows)
+    (only,) = gpu_stages.speedups(rows)
     assert only["dtype"] == "float32" and only["over"] == {"eager": 3.5}
 
 
@@ -527,14 +637,14 @@ def _measured() -> dict[str, Any]:
 
 
 def test_rows_of_the_suites_are_counted_and_compared() -> None:
-    result = gpu.suites_result(_measured())
+    result = gpu_stages.suites_result(_measured())
     assert result["rows"] == {"ops": 3, "models": 2, "memory": 2} and result["problems"] == []
     assert result["peak_of_48_couplings_over_8"] == {"constant memory": 1.2}
     assert [row["over"] for row in result["speedups"]] == [
         {"eager": 4.0, "compile": 1.5},
         {"eager": 1.0},
     ]
-    rows, over_eager, over_compile = gpu.suites_summary(result)
+    rows, over_eager, over_compile = gpu_stages.suites_summary(result)
     assert rows == "rows: 3 ops, 2 models, 2 memory, then out of time"
     assert "eager" in over_eager and "median 4.00" in over_eager and "1.5 to 1.5" in over_compile
 
@@ -543,31 +653,33 @@ def test_wrong_rows_and_broken_tests_of_the_suites_are_problems() -> None:
     measured = _measured()
     measured["ops"][1]["problems"] = ["y is off"]
     measured["not_measured"]["c"] = "error: RuntimeError: out of memory"
-    problems = gpu.suites_result(measured)["problems"]
+    problems = gpu_stages.suites_result(measured)["problems"]
     assert problems == ["1 wrong rows", "c: error: RuntimeError: out of memory"]
-    assert gpu.suites_result({})["rows"] == {"ops": 0, "models": 0, "memory": 0}
+    assert gpu_stages.suites_result({})["rows"] == {"ops": 0, "models": 0, "memory": 0}
 
 
 @pytest.mark.parametrize("written", (True, False))
 def test_the_op_stage_takes_what_the_suites_wrote_and_nothing_older(
-    context: Any, monkeypatch: pytest.MonkeyPatch, written: bool
+    context: Context, monkeypatch: pytest.MonkeyPatch, written: bool
 ) -> None:
-    context.rows.write_text(json.dumps({"ops": [_row("fused", 1.0)]}))
+    context.rows("kernels").write_text(json.dumps({"ops": [_row("fused", 1.0)]}))
 
-    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+    def run(commands: dict[str, list[str]], context: Context, seconds: float) -> Any:
         ((name, command),) = commands.items()
         if name == "autotune":
             rows = [_row("fused", 2.0), _row("max-autotune", 3.0)]
-            return {name: gpu.Outcome(None, "\n".join(map(json.dumps, rows)))}
-        assert command[command.index("--out") + 1] == str(context.rows)
+            return {name: Outcome(None, "\n".join(map(json.dumps, rows)))}
+        assert command[command.index("--out") + 1] == str(context.rows("kernels"))
         assert 60 * float(command[command.index("--minutes") + 1]) < seconds - 20
         if written:
-            context.rows.write_text(json.dumps(_measured()))
-        return {name: gpu.Outcome(1, "said")}
+            context.rows("kernels").write_text(json.dumps(_measured()))
+        return {name: Outcome(1, "said")}
 
-    monkeypatch.setattr(gpu, "run_commands", run)
-    monkeypatch.setattr(gpu, "installed_version", lambda name, path: name != "nflows" or None)
-    result = gpu.op_stage(context, 100, lambda result: None)
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    monkeypatch.setattr(
+        gpu_stages, "installed_version", lambda name, path: name != "nflows" or None
+    )
+    result = gpu_stages.op_stage(context, 100, lambda result: None)
     assert result["autotune"][0]["over"] == {"max-autotune": 1.5}
     assert result["status"] == ("passed" if written else "failed")
     assert result["summary"].endswith("without nflows")
@@ -575,31 +687,31 @@ def test_the_op_stage_takes_what_the_suites_wrote_and_nothing_older(
 
 
 def test_without_pytest_benchmark_the_op_stage_says_so(
-    context: Any, monkeypatch: pytest.MonkeyPatch
+    context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
-    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+    def run(commands: dict[str, list[str]], context: Context, seconds: float) -> Any:
         asked.extend(commands)
-        return {name: gpu.Outcome(0, json.dumps(_row("fused", 2.0))) for name in commands}
+        return {name: Outcome(0, json.dumps(_row("fused", 2.0))) for name in commands}
 
-    monkeypatch.setattr(gpu, "run_commands", run)
-    monkeypatch.setattr(gpu, "installed_version", lambda name, path: None)
-    result = gpu.op_stage(context, 100, lambda result: None)
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    monkeypatch.setattr(gpu_stages, "installed_version", lambda name, path: None)
+    result = gpu_stages.op_stage(context, 100, lambda result: None)
     assert asked == ["autotune"] and result["status"] == "failed"
     assert result["summary"].startswith("pytest-benchmark is missing")
 
 
 @pytest.mark.parametrize("measured", (2, 1, 0))
 def test_the_couplings_stage_takes_what_its_tables_say(
-    context: Any, monkeypatch: pytest.MonkeyPatch, measured: int
+    context: Context, monkeypatch: pytest.MonkeyPatch, measured: int
 ) -> None:
-    table = context.rows.with_name(f"{context.rows.stem}-choices.json")
+    table = context.rows("choices")
     table.write_text("of an earlier run")
     sizes = {"inputs": 2, "hidden": 8, "outputs": 4, "height": 4, "width": 3}
     asked: list[str] = []
 
-    def run(commands: dict[str, list[str]], context: Any, seconds: float) -> Any:
+    def run(commands: dict[str, list[str]], context: Context, seconds: float) -> Any:
         ((name, command),) = commands.items()
         asked.append(command[command.index("--type") + 1])
         assert command[command.index("--out") + 1] == str(table)
@@ -607,10 +719,10 @@ def test_the_couplings_stage_takes_what_its_tables_say(
         if len(asked) <= measured:
             row = sizes | {"faster": {"300": 2.0 if asked[-1] == "bfloat16" else 0.5}}
             table.write_text(json.dumps(sections | {f"sm_90 {asked[-1]}": {"rows": [row]}}))
-        return {name: gpu.Outcome(None, "said")}  # out of time
+        return {name: Outcome(None, "said")}  # out of time
 
-    monkeypatch.setattr(gpu, "run_commands", run)
-    result = gpu.couplings_stage(context, 100, lambda result: None)
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    result = gpu_stages.couplings_stage(context, 100, lambda result: None)
     assert asked == ["bfloat16", "float32"]
     assert result["status"] == ("passed" if measured == 2 else "failed")
     want = {"bfloat16": {"300": 2.0}, "float32": {"300": 0.5}}
@@ -627,7 +739,7 @@ def _condensed_row(op: str, passed: bool) -> dict[str, Any]:
 
 def test_failed_checks_of_every_operation_are_kept() -> None:
     rows = [_condensed_row("a", i > 9) for i in range(12)] + [_condensed_row("b", False)]
-    condensed = gpu._condensed(rows)
+    condensed = gpu_stages._condensed(rows)
     assert (condensed["run"], condensed["passed"]) == (13, 2)
     assert [row["op"] for row in condensed["failed"]] == ["a", "a", "a", "b"]
     assert condensed["passed_by_op"] == {"a": 2}
@@ -635,18 +747,18 @@ def test_failed_checks_of_every_operation_are_kept() -> None:
 
 def test_failed_tests_are_named_with_their_reasons(tmp_path: Path) -> None:
     path = tmp_path / "pytest.xml"
-    assert gpu._tests(path) == ({}, [])
+    assert gpu_stages._tests(path) == ({}, [])
     failed = '<testcase name="t"><failure message="off by&#10;one"/></testcase>'
     counts = 'tests="2" failures="1" errors="0" skipped="0"'
     passed = '<testcase name="u"/>'
     path.write_text(f"<testsuites><testsuite {counts}>{failed}{passed}</testsuite></testsuites>")
-    assert gpu._tests(path)[0]["failures"] == 1
-    assert gpu._tests(path)[1] == ["t: off by one"]
+    assert gpu_stages._tests(path)[0]["failures"] == 1
+    assert gpu_stages._tests(path)[1] == ["t: off by one"]
 
 
 @pytest.mark.parametrize("cores", (1, 2, 8, 16))
 def test_processes_do_not_outnumber_the_cores_by_much(cores: int) -> None:
-    tests, shares = gpu._processes(cores)
+    tests, shares = gpu_stages._processes(cores)
     assert tests >= 1 and shares >= 1 and tests + 3 * shares <= max(cores, 4)
 
 
@@ -660,7 +772,7 @@ def test_processes_do_not_outnumber_the_cores_by_much(cores: int) -> None:
     ],
 )
 def test_the_sanitizers_errors_are_counted(output: str, errors: int | None) -> None:
-    assert gpu.sanitizer_errors(output) == errors
+    assert gpu_stages.sanitizer_errors(output) == errors
 
 
 def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -668,21 +780,274 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"batch_labelled": 100, "batch_unlabelled": 200}')
     rows = [f"{10 * i},{2 + i},{1 / i},{2 / i}" for i in range(1, 6)]
     (tmp_path / "metrics.csv").write_text("step,seconds,loss_d,loss_g\n" + "\n".join(rows) + "\n")
-    run = gpu.read_run(tmp_path)
+    run = gpu_stages.read_run(tmp_path)
     assert run["flow_accuracy"] == 0.5 and "commit" not in run
     assert run["steady_images_per_second"] == 300 * 30 / 3
     assert run["loss_g"] == [2.0, 1.0, pytest.approx(2 / 3), 0.5, 0.4]
 
 
 def test_losses_are_compared_relative_to_their_size() -> None:
-    difference = gpu.relative_difference([1.0, -3.0], [1.1, -3.0])
+    difference = gpu_stages.relative_difference([1.0, -3.0], [1.1, -3.0])
     assert difference == {"first": 0.05, "mean": 0.025, "largest": 0.05}
 
 
 def test_mnist_is_at_hand_only_whole(tmp_path: Path) -> None:
-    assert not gpu.has_mnist(None)
+    assert not gpu_stages.has_mnist(None)
     (tmp_path / "mnist").mkdir()
-    for name in gpu._MNIST_FILES:
-        assert not gpu.has_mnist(tmp_path)
+    for name in gpu_stages._MNIST_FILES:
+        assert not gpu_stages.has_mnist(tmp_path)
         (tmp_path / "mnist" / name).touch()
-    assert gpu.has_mnist(tmp_path) and gpu.has_mnist(tmp_path / "mnist")
+    assert gpu_stages.has_mnist(tmp_path) and gpu_stages.has_mnist(tmp_path / "mnist")
+
+
+# --- the captured step ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits_step() -> Any:
+    workload = next(w for w in gpu_graph.FLOWS if w.data == "digits")
+    return gpu_graph.hybrid_step(workload, "fp32", False, _CPU)
+
+
+def _first_result(function: Any) -> Any:
+    kept: list[Any] = []
+
+    def call() -> Any:
+        kept.append(function())
+        return kept[0]
+
+    return call
+
+
+def _other_noise(function: Any) -> Any:
+    def call() -> Any:
+        torch.rand(1)
+        return function()
+
+    return call
+
+
+def _without_the_last_update(function: Any) -> Any:
+    step = function
+
+    def call() -> Any:
+        result = step()
+        next(step.model.parameters()).data.add_(1e-6)
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("capture", "differing"),
+    [
+        (lambda function: function, None),
+        (_first_result, "losses"),
+        (_other_noise, "losses"),
+        (_without_the_last_update, "model"),
+    ],
+    ids="equal stale noise weights".split(),
+)
+def test_captured_steps_are_compared_bit_for_bit(
+    digits_step: Any, capture: Any, differing: str | None
+) -> None:
+    row = gpu_graph.compare(digits_step, capture, steps=2)
+    assert row["passed"] == (differing is None)
+    if differing is not None:
+        assert any(problem.startswith(differing) for problem in row["problems"])
+        assert row["of_two_uncaptured_runs"] == {"losses": 0.0, "state": 0.0}
+        assert max(row["largest_difference"].values()) > 0
+
+
+def test_waiting_for_the_device_is_found_and_the_mode_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    assert gpu_graph.waits(wait) == ["called a synchronizing CUDA operation"]
+    assert gpu_graph.waits(lambda: None) == []
+    assert modes == ["error", "default"] * 2
+
+
+@pytest.mark.parametrize("refuses", (True, False))
+def test_a_step_that_reads_a_loss_has_to_be_refused(
+    monkeypatch: pytest.MonkeyPatch, digits_step: Any, refuses: bool
+) -> None:
+    class Captured:
+        def __init__(self, function: Any, device: torch.device) -> None:
+            self.function = function
+
+        def __call__(self) -> Any:
+            if refuses and (found := gpu_graph.trace(self.function).obstacles):
+                raise RuntimeError("; ".join(found))
+            return self.function()
+
+    monkeypatch.setattr(gpu_graph, "CapturedStep", Captured)
+    monkeypatch.setattr(gpu_graph, "hybrid_step", lambda *arguments: digits_step)
+    row = gpu_graph.check_refusal(_CPU)
+    assert row["passed"] == refuses
+    assert refuses or row["problems"] == ["a step that reads a loss was captured"]
+
+
+def test_a_resumed_run_is_compared_with_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = FlowConfig(scales=2, couplings=1, hidden=4, last_hidden=4)
+    config = replace(gpu_graph._RUN, steps=4, eval_every=2, save_every=3, flow=small)
+    monkeypatch.setattr(gpu_graph, "_RUN", config)
+    row = gpu_graph.check_resumed(tmp_path / "same", "fp32", _CPU)
+    assert row["passed"], row
+    restore = gpu_graph.Trainer.restore
+
+    def restore_and_draw(trainer: Any) -> None:
+        restore(trainer)
+        torch.rand(1)
+
+    monkeypatch.setattr(gpu_graph.Trainer, "restore", restore_and_draw)
+    assert not gpu_graph.check_resumed(tmp_path / "other", "fp32", _CPU)["passed"]
+
+
+def _check(check: str, problems: list[str]) -> str:
+    row = {"data": "MNIST", "precision": "bf16", "variant": "unfused", "check": check}
+    return json.dumps(row | {"passed": not problems, "problems": problems})
+
+
+@pytest.mark.parametrize("wrong", ([], ["losses: differs"]))
+def test_the_graph_stage_passes_if_every_check_does(
+    context: Context, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    def run(commands: dict[str, list[str]], *others: Any) -> Any:
+        assert list(commands) == ["graph-digits", "graph-MNIST", "graph-CIFAR-10", "graph-run"]
+        outcomes = {name: Outcome(0, _check("trace", [])) for name in commands}
+        return outcomes | {"graph-MNIST": Outcome(0, _check("captured", wrong))}
+
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    result = gpu_stages.graph_stage(context, 100, lambda result: None)
+    assert result["status"] == ("failed" if wrong else "passed")
+    want = "3 of 4 checks passed; MNIST bf16 unfused captured: losses: differs"
+    assert result["summary"] == (want if wrong else "4 of 4 checks passed")
+
+
+def test_a_graph_stage_without_a_row_or_with_a_broken_worker_fails(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for outcome in (Outcome(0, ""), Outcome(None, _check("trace", []))):
+        monkeypatch.setattr(
+            gpu_stages, "run_commands", lambda commands, *_, o=outcome: dict.fromkeys(commands, o)
+        )
+        result = gpu_stages.graph_stage(context, 100, lambda result: None)
+        assert result["status"] == "failed"
+    assert "graph-run ran out of time" in result["summary"]
+
+
+# --- whole steps, and a run over several calls ----------------------------------------------------
+
+
+def _steps(data: str, **ms: float) -> list[dict[str, Any]]:
+    names = {"graph": "fused + graph", "default": "compile", "tuned": "compile, max-autotune"}
+    return [
+        {"data": data, "variant": names.get(name, name), "us": [1.0, 1e3 * value, 9e9]}
+        | {"problems": []}
+        for name, value in ms.items()
+    ]
+
+
+def test_a_step_is_compared_with_eager_and_with_the_best_compiled_one() -> None:
+    rows = _steps("MNIST", eager=20, default=9, tuned=6, fused=5, graph=0.8)
+    rows += _steps("SVHN", eager=20, graph=4)
+    rows += _steps("CIFAR-10", eager=20, graph=4)
+    rows[-1]["problems"] = ["loss_g is off"]
+    mnist, svhn = gpu_stages.compared_steps(rows, "bf16")
+    assert mnist["ms"] == 0.8 and mnist["aim_ms"] == 0.85
+    assert mnist["over"] == {"eager": 25.0, "compile": 7.5}
+    assert svhn["over"] == {"eager": 5.0}
+
+
+@pytest.mark.parametrize("written", (True, False))
+def test_the_step_stage_measures_bf16_then_fp32(
+    context: Context, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    asked: list[str] = []
+
+    def run(commands: dict[str, list[str]], context: Context, seconds: float) -> Any:
+        ((name, command),) = commands.items()
+        asked.append(command[command.index("--precision") + 1])
+        assert 60 * float(command[command.index("--minutes") + 1]) < seconds - 20
+        if written:
+            table = Path(command[command.index("--out") + 1])
+            table.write_text(json.dumps({"rows": _steps("SVHN", eager=20, graph=4)}))
+        return {name: Outcome(None, "said")}  # out of time
+
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    context.rows("step-bf16").write_text(json.dumps({"rows": _steps("SVHN", graph=1)}))
+    result = gpu_stages.step_stage(context, 200, lambda result: None)
+    assert asked == ["bf16", "fp32"]
+    assert result["status"] == ("passed" if written else "failed")
+    if written:
+        assert result["summary"].startswith(
+            "SVHN bf16 4.0 ms (aim 4.0), 5.0x over eager; SVHN fp32"
+        )
+
+
+@pytest.mark.parametrize("name", ("scaling", "startup"))
+def test_a_benchmark_with_a_file_of_its_own_has_to_write_it(
+    context: Context, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def run(commands: dict[str, list[str]], context: Context, seconds: float) -> Any:
+        (command,) = commands.values()
+        assert f"benchmarks.{name}" in command and ("--minutes" in command) == (name == "scaling")
+        if writes:
+            Path(command[command.index("--out") + 1]).write_text("{}")
+        return {name: Outcome(0, "noise\n7 rows\n")}
+
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    stage = next(stage for stage in gpu_stages.STAGES if stage.name == name)
+    for writes in (True, False):
+        result = stage.run(context, 100, lambda result: None)
+        assert result["status"] == ("passed" if writes else "failed")
+        assert result["summary"] == ("7 rows" if writes else f"benchmarks.{name} wrote no results")
+
+
+def _save_run(folder: Path, step: int) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"steps": 900}')
+    (folder / "checkpoint.safetensors").touch()
+    rows = f"step,seconds,validation_flow_accuracy\n{step - 1},2.5,0.75\n{step},{step / 2},\n"
+    (folder / "metrics.csv").write_text(rows)
+
+
+def test_a_long_run_goes_on_from_call_to_call_until_it_is_done(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = context.kept / "run-mnist-100"
+    ends = {"at": 0, "status": 0}
+    commands: list[list[str]] = []
+
+    def run(asked: dict[str, list[str]], context: Context, seconds: float) -> Any:
+        commands.append(asked["run"])
+        if ends["at"]:
+            _save_run(folder, ends["at"])
+        return {"run": Outcome(ends["status"], "said")}
+
+    def minutes() -> float:
+        return float(commands[-1][commands[-1].index("--minutes") + 1])
+
+    monkeypatch.setattr(gpu_stages, "run_commands", run)
+    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "absent"
+    monkeypatch.setattr(gpu_stages, "has_mnist", lambda folder: True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()  # of a run that was stopped before its first checkpoint
+    ends["at"] = 600
+    result = gpu_stages.runs_stage(context, 105, lambda result: None)
+    assert result["status"] == "unfinished" and not (folder / "config.json").read_text() == ""
+    assert result["summary"] == "step 600 of 900, validation_flow_accuracy 75.00%"
+    assert commands[-1][commands[-1].index("--out") + 1] == str(folder) and minutes() == 1
+    ends["at"] = 900
+    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "passed"
+    assert commands[-1][commands[-1].index("--resume") + 1] == str(folder) and minutes() == 6
+    ends |= {"at": 0, "status": 1}
+    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "failed"
