@@ -86,12 +86,12 @@ def gradients(
     flip: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, *grads = gradients_from(
-        *(grad_out.contiguous(), grad_log_det, out.contiguous(), None),
-        *(weight1, bias1, weight2, bias2, log_scale, bias, gain),
-        *(form.key, flip, inverse),
-    )
-    return _like(out, grad_x), *grads  # type: ignore[return-value]
+    layers: tuple[Tensor, Tensor, Tensor, Tensor] = weight1, bias1, weight2, bias2
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None] = log_scale, bias, gain
+    choices: tuple[str, bool, bool] = form.key, flip, inverse
+    given: tuple[Tensor, Tensor, Tensor] = grad_out.contiguous(), grad_log_det, out.contiguous()
+    grad_x, *grads = gradients_from(*given, None, *layers, *vectors, *choices)
+    return _like(out, grad_x), *grads
 
 
 def gradients_from(
