@@ -1,5 +1,7 @@
 """Adam with clipping, a schedule and weight averaging, over a network's weights as one vector."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,8 @@ class Optimiser:
         self._config, self._lr = config, lr
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
-        self.weights = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        self._orders = [_order(p) for p in self.parameters]
+        self.weights = nn.Parameter(self._vector([p.detach() for p in self.parameters]))
         for parameter, view in zip(self.parameters, self._views(self.weights), strict=True):
             parameter.data = view
         self._averaged = self.weights.detach().clone()
@@ -48,9 +51,19 @@ class Optimiser:
         state = {name: torch.zeros_like(self._averaged) for name in moments}
         self.adam.state[self.weights] = {"step": torch.zeros((), device=device)} | state
 
+    def _vector(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The parameters', or their gradients', elements one after the other, in the order of memory."""
+        pairs = zip(tensors, self._orders, strict=True)
+        return torch.cat(
+            [(t if order is None else t.permute(order)).flatten() for t, order in pairs]
+        )
+
     def _views(self, vector: Tensor) -> list[Tensor]:
+        """The opposite: in the shapes and memory formats of the parameters."""
         parts = vector.detach().split([p.numel() for p in self.parameters])
-        return [v.view(p.shape) for v, p in zip(parts, self.parameters, strict=True)]
+        return [
+            v.as_strided(p.shape, p.stride()) for v, p in zip(parts, self.parameters, strict=True)
+        ]
 
     @property
     def lr(self) -> Tensor:
@@ -64,7 +77,7 @@ class Optimiser:
             gradients = torch.autograd.grad(
                 loss, self.parameters, allow_unused=True, materialize_grads=True
             )
-            return torch.cat([g.flatten() for g in gradients])
+            return self._vector(gradients)
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -89,3 +102,10 @@ class Optimiser:
     def tensors(self) -> dict[str, Tensor]:
         """Adam's live tensors, which a resumed run needs beside weights and averages."""
         return {"lr": self.lr, **self.adam.state[self.weights]}
+
+
+def _order(parameter: Tensor) -> list[int] | None:
+    """Its dimensions from the slowest to the fastest in memory; None if that is their own order."""
+    if parameter.is_contiguous():
+        return None
+    return sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
