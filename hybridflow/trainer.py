@@ -41,11 +41,9 @@ from hybridflow.kernels import fuse
 from hybridflow.networks import build_discriminator, build_model
 from hybridflow.objective import terms_of
 from hybridflow.phases import phase
-from hybridflow.pictures import confusion_picture, curves, latent_picture, scatter_panels
 from hybridflow.prediction import Prediction, predict
 from hybridflow.profiling import RunProfile
 from hybridflow.run import RunFolder, resolve_device
-from hybridflow.sample import draw_samples, picture_samples
 from hybridflow.step import HybridStep
 
 __all__ = ["Trainer", "resume", "train"]
@@ -332,6 +330,9 @@ class Trainer:
 
     def report(self) -> dict[str, Any]:
         """Judge the last step on the test images; write results.json and the pictures, print a table."""
+        # Imported here, as in the next two: matplotlib would keep the first step waiting.
+        from hybridflow.pictures import confusion_picture, latent_picture
+
         dataset, folder = self.dataset, self.folder
         prediction = self._predict(dataset.test_x, dataset.test_y)
         config = self.config
@@ -367,6 +368,9 @@ class Trainer:
         return results
 
     def _picture_samples(self) -> None:
+        from hybridflow.pictures import scatter_panels
+        from hybridflow.sample import draw_samples, picture_samples
+
         dataset, path = self.dataset, self.folder.picture("samples")
         count = 10 if dataset.train_x.dim() == 4 else 2000 // dataset.classes
         x, labels = draw_samples(self.averaged_model, dataset.classes, count)
@@ -377,6 +381,8 @@ class Trainer:
             scatter_panels(panels, path, class_names=dataset.class_names)
 
     def _picture_curves(self) -> None:
+        from hybridflow.pictures import curves
+
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         columns = {n: [float(row[n]) if row.get(n) else None for row in self.rows] for n in names}
         accuracies = [n for n in names if n.endswith("accuracy")]
