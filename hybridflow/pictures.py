@@ -265,7 +265,7 @@ def reliability_picture(
     """
     if not panels:
         raise InputError("panels: wanted at least one, got none")
-    figure = Figure(figsize=(4 * len(panels), 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.5), dpi=DPI, layout="constrained")
     row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (title, named) in zip(row, panels.items(), strict=True):
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")

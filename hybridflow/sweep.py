@@ -12,29 +12,30 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from hybridflow.checkpoint import atomic_write_text
 from hybridflow.cli import command, parse_config, preset, take_option
-from hybridflow.config import Config
+from hybridflow.config import PRESETS, Config
 from hybridflow.data import Dataset, load_dataset, make_split
 from hybridflow.errors import InputError
 from hybridflow.launch import Job, launch, locked, terminated_as_interrupted, threads_per_run
-from hybridflow.networks import build_discriminator, build_model
 from hybridflow.run import RunFolder, resolve_device
 from hybridflow.sweep_table import seconds_to_target, summarise, table_cells, table_csv
 from hybridflow.tables import markdown_table, text_table
+from hybridflow.trainer import Trainer
 
 __all__ = ["SweepRun", "plan"]
 
-_PROGRAM = "python -m hybridflow.sweep"
-_DESCRIPTION = """Train every combination of presets, option values and seeds, and tabulate the results.
+_PROGRAM, _TRAIN = "python -m hybridflow.sweep", "python -m hybridflow.train"
+_DESCRIPTION = f"""Train every combination of presets, option values and seeds, and tabulate the results.
 
   python -m hybridflow.sweep --out sweeps/beta --seeds 0 1 2 --set terms.beta=0,0.5,1 -- --fused
 
-What follows -- goes to every run; see python -m hybridflow.train --help. The same command continues
+Presets: {", ".join(PRESETS)}.
+
+What follows -- goes to every run; see {_TRAIN} --help. The same command continues
 a sweep that was stopped: finished runs are not made again, others go on from their checkpoints."""
 _OWN = {"preset": "--presets", "seed": "--seeds", "device": "--devices", "out": "--out"}
 _HEADS = ("flow", "discriminator")
@@ -51,7 +52,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     """Seeds; the tables are over them."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An option of train and its values, NAME=VALUE,VALUE,…; several make a grid. A value of several
+    """An option of train and its values, NAME=VALUE,VALUE,…; several make a grid. Values of several
     words: 'discriminator.widths=64 64,128 128'."""
     devices: tuple[str, ...] = ("auto",)
     """cpu, or GPUs such as cuda:0 cuda:1, each of which trains one run at a time; auto is one GPU, or
@@ -103,7 +104,7 @@ def _run(sweep: Sweep, common: list[str]) -> int:
         raise InputError(f"--target: got {sweep.target}, want an accuracy in (0, 1]")
     devices = _devices(sweep.devices, sweep.jobs)
     runs = plan(sweep.presets, sweep.seeds, sweep.set, common)
-    _check(runs)
+    _check(runs, devices)
     with locked(sweep.out) as lock, terminated_as_interrupted():
         for run in runs:
             _check_unchanged(run, sweep.out)
@@ -161,7 +162,7 @@ def plan(
         changed = [word for option in options for word in _as_arguments(*option)]
         arguments = ["--preset", name, *common, *changed, "--seed", str(seed)]
         defaults, rest = preset(arguments)
-        config = parse_config(defaults, rest, _PROGRAM, _DESCRIPTION)
+        config = parse_config(defaults, rest, _TRAIN, "")
         run = SweepRun(name, options, seed, tuple(arguments), config)
         if config in seen:
             raise InputError(f"--presets, --seeds, --set: {run.name} repeats {seen[config]}")
@@ -191,7 +192,7 @@ def _default(name: str) -> Any:
     value: Any = Config()
     for part in name.split("."):
         if not is_dataclass(value) or not hasattr(value, part):
-            raise InputError(f"--set: got {name}, want an option of python -m hybridflow.train")
+            raise InputError(f"--set: got {name}, want an option of {_TRAIN}")
         value = getattr(value, part)
     if is_dataclass(value):
         raise InputError(f"--set: got {name}, want one of its options: {', '.join(vars(value))}")
@@ -220,29 +221,27 @@ def _devices(names: Sequence[str], jobs: int) -> list[str]:
     return found * jobs
 
 
-def _check(runs: Iterable[SweepRun]) -> None:
-    """Check each configuration against its data as training would, before any is trained.
+def _check(runs: Iterable[SweepRun], devices: Sequence[str]) -> None:
+    """Set up each configuration as training would, on the CPU, before any is trained.
 
     Raises:
         InputError: naming the run.
     """
     datasets: dict[tuple[str, Path | None], Dataset] = {}
-    for run in runs:
-        config = run.config
+    for config, run in {replace(run.config, seed=0): run for run in runs}.items():
         try:
             key = config.dataset, config.data_dir
             dataset = datasets.get(key) or datasets.setdefault(key, load_dataset(*key))
-            make_split(
+            split = make_split(
                 dataset.train_y,
                 classes=dataset.classes,
                 num_labels=config.labels,
                 num_validation=config.validation,
                 seed=config.seed,
             )
-            shape = dataset.train_x.shape[1:]
-            with torch.device("meta"):
-                build_model(config.flow, shape, dataset.classes)
-                build_discriminator(config.discriminator, shape, dataset.classes)
+            fused = config.fused and "cpu" in devices
+            here = replace(config, device="cpu", fused=fused)
+            Trainer(here, RunFolder(Path(run.name)), dataset, split)
         except InputError as error:
             raise InputError(f"{run.name}: {error}") from None
 

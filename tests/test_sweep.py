@@ -15,6 +15,7 @@ import pytest
 
 from hybridflow import checkpoint, sweep
 from hybridflow.errors import InputError
+from hybridflow.kernels import native
 from hybridflow.launch import locked, terminated_as_interrupted, threads_per_run
 from hybridflow.run import RunFolder
 from hybridflow.sweep import plan
@@ -103,7 +104,8 @@ class TestRefusals:
             (["fused=maybe"], [], "--set: got fused=maybe, want true or false"),
             (["seed=1,2"], [], "--set: got seed, which the sweep sets by --seeds"),
             (["labels=4,5001"], [], "two-moons,labels=5001,seed=0: num_labels.*5001"),
-            (["discriminator.kind=conv"], [], "discriminator.kind: got conv"),
+            (["discriminator.kind=dense,conv"], [], "two-moons.*: discriminator.kind: got conv"),
+            (["shift=0,2"], [], "two-moons,shift=2,seed=0: shift, flip: got 2"),
             ([], ["--seed", "1"], "--seed: the sweep sets it; want --seeds"),
             ([], ["--out=there"], "--out: the sweep sets it"),
             ([], ["--resume", "x"], "--resume: the same sweep"),
@@ -138,6 +140,12 @@ class TestRefusals:
     def test_an_option_that_train_does_not_have(self, tmp_path: Path, capsys):
         assert swept(*arguments(tmp_path / "sweep", common=["--nonsense", "1"])) == 2
         assert "nonsense" in capsys.readouterr().err
+        assert not (tmp_path / "sweep").exists()
+
+    def test_fused_without_the_native_library(self, tmp_path: Path, monkeypatch, capsys):
+        monkeypatch.setattr(native, "_open", lambda: "the native CPU library is missing")
+        assert swept(*arguments(tmp_path / "sweep", "fused=false,true")) == 2
+        assert "fused=true,seed=0: --fused: the native CPU library" in capsys.readouterr().err
         assert not (tmp_path / "sweep").exists()
 
     def test_a_folder_at_work(self, tmp_path: Path, capsys):
