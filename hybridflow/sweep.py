@@ -300,10 +300,13 @@ def _report(
     atomic_write_text(sweep.out / "sweep.json", json.dumps(content, indent=1) + "\n")
     atomic_write_text(sweep.out / "sweep.csv", table_csv(table))
     cells = table_cells(table, sweep.target)
+    where = (
+        f"{len(devices)} at once on {', '.join(dict.fromkeys(devices))}, threads of each: {threads}"
+    )
     note = (
         f"Test figures at the last step, mean ± standard deviation over the seeds; `to "
         f"{100 * sweep.target:g} %`: seconds until validation accuracy first reached it, of the runs "
-        f"that did. {len(devices)} at once on {', '.join(dict.fromkeys(devices))}, {threads} threads each."
+        f"that did. {where}."
     )
     atomic_write_text(sweep.out / "sweep.md", f"{markdown_table(*cells)}\n\n{note}\n")
     failed = "".join(f"\nfailed: {name}: {words}" for name, words in failures.items())
