@@ -8,15 +8,15 @@ are not made again.
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from hybridflow.launch import Job, launch, threads_per_run
+from hybridflow.run import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("full", "supervised", "nll", "nll+adversarial", "flowgmm")
@@ -42,40 +42,35 @@ def main() -> None:
     records = json.loads(path.read_text()) if path.exists() else []
     done = [record["arguments"] for record in records]
     wanted = [arguments for arguments in EXPERIMENTS[args.name] if arguments not in done]
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     data = [] if args.data_dir is None else ["--data-dir", str(args.data_dir.resolve())]
     args.results.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = pool.map(lambda arguments: train(arguments, data, threads), wanted)
-        for record in tqdm(runs, total=len(wanted), unit="run"):
-            records.append(record)
-            path.write_text(json.dumps(records, indent=1) + "\n")
-
-
-def train(arguments: list[str], data: list[str], threads: int) -> dict[str, Any]:
-    """One run; its arguments, results and validation curve."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = Path(scratch) / "run"
-        command = [sys.executable, "-m", "hybridflow.train", *arguments, *data, "--out", str(run)]
-        finished = subprocess.run(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-        if finished.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{finished.stderr[-2000:]}")
-        with (run / "metrics.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["validation_flow_accuracy"]]
-        kept = ("step", "seconds", *(name for name in rows[0] if name.startswith("validation_")))
-        return {
-            "arguments": arguments,
-            "threads": threads,
-            "processor": _processor(),
-            "results": json.loads((run / "results.json").read_text()),
-            "curve": [{name: float(row[name]) for name in kept} for row in rows],
-        }
+        jobs = {}
+        for index, arguments in enumerate(wanted):
+            folder = Path(scratch) / str(index)
+            job = Job((*arguments, *data), RunFolder(folder / "run"), folder / "log.txt")
+            jobs[job] = arguments
+        with closing(launch(list(jobs), ["auto"] * args.jobs)) as ended:
+            for job, status in tqdm(ended, total=len(jobs), unit="run"):
+                if status:
+                    raise SystemExit(f"{' '.join(job.arguments)}\n{job.log.read_text()[-2000:]}")
+                records.append(record_of(job, jobs[job], threads_per_run(args.jobs)))
+                records.sort(key=lambda record: EXPERIMENTS[args.name].index(record["arguments"]))
+                path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def record_of(job: Job, arguments: list[str], threads: int) -> dict[str, Any]:
+    """A finished run's arguments, results and validation curve."""
+    with job.folder.metrics.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation_flow_accuracy"]]
+    kept = ("step", "seconds", *(name for name in rows[0] if name.startswith("validation_")))
+    return {
+        "arguments": arguments,
+        "threads": threads,
+        "processor": _processor(),
+        "results": json.loads(job.folder.results.read_text()),
+        "curve": [{name: float(row[name]) for name in kept} for row in rows],
+    }
 
 
 def _processor() -> str:

@@ -6,13 +6,26 @@ torchmetrics takes one to two seconds to import, so the functions that use it im
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridflow.errors import InputError
 
-__all__ = ["accuracy", "bits_per_dim", "confusion_matrix", "expected_calibration_error"]
+__all__ = [
+    "ReliabilityBins",
+    "accuracy",
+    "auroc",
+    "bits_per_dim",
+    "class_accuracy",
+    "confusion_matrix",
+    "expected_calibration_error",
+    "fit_temperature",
+    "negative_log_likelihood",
+    "reliability_bins",
+]
 
 CALIBRATION_BINS = 15
 
@@ -66,6 +79,148 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, classes: int) -> Tens
     _check_classes("predictions", predictions, count=len(targets), classes=classes)
     # Its own validation counts distinct values and lets classes outside [0, K) through.
     return multiclass_confusion_matrix(predictions, targets, classes, validate_args=False)
+
+
+def class_accuracy(confusion: Tensor) -> Tensor:
+    r"""The accuracy on the images of each class, that is, the recall of the class.
+
+    .. math:: a_k = \frac{M_{kk}}{\sum_b M_{kb}}
+
+    Weighted by the classes' shares of the images they sum to the accuracy.
+
+    Args:
+        confusion: Counts M of shape (K, K), a row per true class, as `confusion_matrix` gives them.
+
+    Returns:
+        Fractions in [0, 1] of shape (K,), float64; NaN for a class without images.
+
+    Example:
+        >>> class_accuracy(torch.tensor([[3, 1], [0, 2]]))
+        tensor([0.7500, 1.0000], dtype=torch.float64)
+    """
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise InputError(f"confusion: wanted shape (K, K), got {tuple(confusion.shape)}")
+    return confusion.diagonal().double() / confusion.sum(1)
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+    r"""The mean negative log-likelihood of the true class, in nats.
+
+    .. math:: -\frac{1}{N} \sum_i \log \mathrm{softmax}(l_i)_{y_i}
+
+    Args:
+        logits: Logits l of shape (N, K).
+        targets: True classes in [0, K), integers of shape (N,).
+
+    Raises:
+        InputError: The shapes do not fit, N is 0, or a class lies outside [0, K).
+
+    Example:
+        >>> negative_log_likelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([1])) == math.log(2)
+        True
+    """
+    _check_logits(logits, targets)
+    return F.cross_entropy(logits.detach().double(), targets).item()
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    r"""The temperature that calibrates a classifier best, fitted on images it was not trained on.
+
+    .. math:: T = \arg\min_T -\sum_i \log \mathrm{softmax}(l_i / T)_{y_i}
+
+    It is above 1 for an overconfident classifier. Which class is the most probable does not depend
+    on it, so the accuracy stays as it is. The objective is convex in 1/T, hence has one minimum in
+    log T; this is sought in [-12, 12]. If each true class has the largest logit of its row, there
+    is no minimum (the objective falls to 0 with T), and T is 1: nothing is changed.
+
+    Args:
+        logits: Logits l of shape (N, K).
+        targets: True classes in [0, K), integers of shape (N,).
+
+    Raises:
+        InputError: The shapes do not fit, N is 0, or a class lies outside [0, K).
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    _check_logits(logits, targets)
+    if torch.equal(logits.argmax(1), targets):
+        return 1.0
+    found = minimize_scalar(
+        lambda log_t: negative_log_likelihood(logits.double() / math.exp(log_t), targets),
+        bounds=(-12, 12),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return math.exp(found.x)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    r"""How well a score tells two sets apart: the area under the ROC curve, in [0, 1].
+
+    .. math:: P(s > s') + \tfrac{1}{2} P(s = s')
+
+    for s drawn from `inside` and s' from `outside`: 1 if every score inside is larger than every
+    score outside, 1/2 if the score tells nothing, below 1/2 if it is larger outside.
+
+    Args:
+        inside: Scores of shape (N,), N >= 1.
+        outside: Scores of shape (M,), M >= 1.
+
+    Raises:
+        InputError: A shape does not fit, or a score is NaN.
+
+    Example:
+        >>> auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
+        0.875
+    """
+    from sklearn.metrics import roc_auc_score
+
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if scores.ndim != 1 or len(scores) == 0 or scores.isnan().any():
+            raise InputError(
+                f"{name}: wanted scores of shape (N,), at least one and none NaN, "
+                f"got shape {tuple(scores.shape)}"
+            )
+    scores = torch.cat([inside, outside]).double()
+    # scikit-learn takes no infinities; ranks are all that counts.
+    ranks = scores.unique(return_inverse=True)[1]
+    member = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
+    return float(roc_auc_score(member.numpy(), ranks.cpu().numpy()))
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """What a reliability diagram shows, for the bins of the confidence that hold images."""
+
+    confidence: Tensor
+    """Mean confidence of each bin: (b,), float64."""
+    accuracy: Tensor
+    """Accuracy of each bin: (b,), float64."""
+    count: Tensor
+    """Images in each bin: (b,), int64."""
+
+
+def reliability_bins(probabilities: Tensor, targets: Tensor) -> ReliabilityBins:
+    """Confidence and accuracy in the 15 bins of equal width of `expected_calibration_error`.
+
+    Weighted by count, the distances |accuracy - confidence| have the calibration error as mean.
+
+    Args:
+        probabilities: Class probabilities of shape (N, K).
+        targets: True classes in [0, K), integers of shape (N,).
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2.
+    """
+    _check_logits(probabilities, targets)
+    confidence, predictions = probabilities.detach().double().max(1)
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    count = bins.bincount(minlength=CALIBRATION_BINS)
+    hits = bins.bincount((predictions == targets).double(), minlength=CALIBRATION_BINS)
+    total = bins.bincount(confidence, minlength=CALIBRATION_BINS)
+    kept = count > 0
+    return ReliabilityBins(total[kept] / count[kept], hits[kept] / count[kept], count[kept])
 
 
 def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> float:
@@ -148,6 +303,16 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int | None) -> Tensor:
     if levels < 2:
         raise InputError(f"levels: wanted at least 2 or None, got {levels}")
     return bits + math.log2(levels)
+
+
+def _check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Check floats of shape (N, K) and classes of shape (N,) in [0, K)."""
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise InputError(
+            f"logits: wanted floats of shape (N, K), got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}"
+        )
+    _check_classes("targets", targets, count=len(logits), classes=logits.shape[1])
 
 
 def _check_classes(

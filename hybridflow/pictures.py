@@ -26,8 +26,16 @@ from numpy.typing import NDArray
 
 from hybridflow.checkpoint import atomic_write_bytes
 from hybridflow.errors import InputError
+from hybridflow.metrics import ReliabilityBins
 
-__all__ = ["confusion_picture", "curves", "latent_picture", "sample_grid", "scatter_panels"]
+__all__ = [
+    "confusion_picture",
+    "curves",
+    "latent_picture",
+    "reliability_picture",
+    "sample_grid",
+    "scatter_panels",
+]
 
 Array: TypeAlias = torch.Tensor | NDArray
 Floats: TypeAlias = NDArray[np.float64]
@@ -235,6 +243,43 @@ def confusion_picture(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=list(row), label="share of the true class", shrink=0.8)
+    _write(figure, path)
+
+
+def reliability_picture(
+    panels: Mapping[str, Mapping[str, ReliabilityBins]], path: FilePath
+) -> None:
+    """Draw reliability diagrams side by side: accuracy against confidence, bin by bin.
+
+    The diagonal is perfect calibration; below it a classifier is overconfident. A point's area is
+    its bin's share of the images.
+
+    Args:
+        panels: By title, the bins of each curve by its name.
+        path: The PNG file to write.
+
+    Raises:
+        InputError: There is no panel, or the file cannot be written.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, figure 4.
+    """
+    if not panels:
+        raise InputError("panels: wanted at least one, got none")
+    figure = Figure(figsize=(4 * len(panels), 4.5), dpi=DPI, layout="constrained")
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, named) in zip(row, panels.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+        for index, (name, bins) in enumerate(named.items()):
+            x, y, count = map(_floats, (bins.confidence, bins.accuracy, bins.count))
+            colour, marker = COLOURS[2 * index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            axes.plot(x, y, color=colour, linewidth=1)
+            axes.scatter(x, y, s=15 + 150 * count / count.sum(), color=colour, marker=marker)
+            axes.plot([], [], color=colour, marker=marker, label=name)
+        axes.set(title=title, xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False, loc="upper left")
+        _plain(axes)
+    row[0].set_ylabel("accuracy")
     _write(figure, path)
 
 

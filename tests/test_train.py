@@ -254,7 +254,7 @@ def test_evaluate_agrees_with_the_results(finished_run: RunFolder):
     for name in "flow_accuracy", "discriminator_accuracy", "bits_per_dim", "flow_ece":
         assert report[name] == pytest.approx(results[name], abs=1e-6)
     assert sum(map(sum, report["confusion"]["flow"])) == 360
-    assert "flow_accuracy" in output
+    assert "accuracy, %" in output
     assert finished("evaluate", finished_run.path, "--part", "validation")[0] == 0
 
 

@@ -15,7 +15,9 @@ from ..actnorm_coupling.native_impl import layout_for
 __all__ = ["gradients", "gradients_from", "map", "map_keeping"]
 
 
-def _call(x: Tensor, weight2: Tensor, form: str, flip: bool, inverse: bool) -> tuple[native.Argument, ...]:
+def _call(
+    x: Tensor, weight2: Tensor, form: str, flip: bool, inverse: bool
+) -> tuple[native.Argument, ...]:
     """What a call is like, beside its operands."""
     outputs, hidden, size, _ = weight2.shape
     layout = layout_for(x.shape, True, x.dtype, x.dtype, outputs // 2, form, flip, inverse)
