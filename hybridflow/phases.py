@@ -26,11 +26,16 @@ def phase(name: str) -> Iterator[None]:
     Within a captured CUDA graph a phase marks the capture, not the replays.
     """
     with nvtx.annotate(name, domain="hybridflow") if nvtx else nullcontext():
-        if not _clocks or torch.cuda.is_current_stream_capturing():
+        if not _clocks or _is_capturing(_clocks[-1].device):
             yield
             return
         with _clocks[-1].measure(name), record_function(name):
             yield
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """A PyTorch without CUDA cannot even be asked."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class PhaseClock:
