@@ -2,14 +2,15 @@
 
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ __all__ = [
     "calls_in_turn",
     "captured",
     "copy_call",
+    "in_turns",
     "machine",
     "peak_bytes",
     "processor",
     "quantiles",
     "relative_errors",
     "rounds_for",
+    "times",
     "typical_errors",
     "verdict",
     "verdict_16_bit",
 ]
 
 _PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark", "normflows", "nflows", "zuko", "FrEIA")
+_TURNS = 5
 _GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "power.limit")
 
 
@@ -100,7 +104,7 @@ def calls_in_turn(calls: Sequence[Callable[[], Any]], device: torch.device) -> C
     what is timed is the device.
     """
     if device.type != "cuda":
-        turn = cycle(calls)
+        turn = itertools.cycle(calls)
         return lambda: next(turn)()
 
     def every() -> None:
@@ -139,6 +143,35 @@ def rounds_for(once: float, seconds: float, least: int, most: int = 1000) -> int
     if once > seconds:
         return 1
     return min(most, max(least, int(seconds / max(once, 1e-9))))
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, until: float = math.inf
+) -> dict[str, list[float]]:
+    """Times of each call in µs: five turns of about so many seconds, or of one call that takes longer.
+
+    After the first turn of all, no other begins once `time.perf_counter()` has passed `until`.
+    """
+    us: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, call) in itertools.product(range(_TURNS), calls.items()):
+        if turn and time.perf_counter() > until:
+            break
+        start = time.perf_counter()
+        call()
+        once = time.perf_counter() - start
+        if once > seconds:
+            us[name].append(1e6 * once)
+            continue
+        for _ in range(rounds_for(once, seconds, 1)):
+            start = time.perf_counter()
+            call()
+            us[name].append(1e6 * (time.perf_counter() - start))
+    return us
+
+
+def times(us: Sequence[float]) -> dict[str, Any]:
+    """Columns of a row: p20, p50 and p80, and of how many rounds."""
+    return {"us": [round(t, 1) for t in quantiles(us)], "rounds": len(us)}
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
