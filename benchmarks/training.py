@@ -27,6 +27,11 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
     "mnist-small": [["--fused", "--preset", "mnist-small", "--minutes", "20"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
     "cifar10-small": [["--fused", "--preset", "cifar10-small"]],
+    "time-to-accuracy": [
+        [*fused, "--steps", "500", "--eval-every", "10", "--seed", str(seed)]
+        for seed in range(3)
+        for fused in ([], ["--fused"])
+    ],
 }
 
 
