@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_tables import _where
+from benchmarks.kernel_tables import _milliseconds, _where
 from benchmarks.kernels import speed_up
 from benchmarks.step_tables import best_eager, cases, stages
 from benchmarks.workloads import FLOWS
@@ -15,8 +15,8 @@ __all__ = ["roofline", "scaling", "waterfall"]
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 
-# Tol's bright palette, which the colour-blind tell apart; markers and dashes differ as well.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#4477aa", "#ee8833", "#228833", "#aa3377", "0.8"
+# Colours that the colour-blind tell apart; markers and dashes differ as well.
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#4477aa", "#ee8833", "#228833", "#aa3377"
 _STAGES = {
     "eager": _BLUE,
     "channels-last": "#66ccee",
@@ -77,15 +77,16 @@ def _falling(axis: Any, of_case: Mapping[str, Row], names: Sequence[str]) -> Non
     for name, row in of_case.items():
         y, ms = names.index(name), row["us"][1] / 1e3
         axis.barh(y, ms, height=0.66, color=_STAGES[name])
-        end = ms
-        if before is not None and before["us"][1] / 1e3 > ms:
-            end = before["us"][1] / 1e3
-            axis.barh(y, end - ms, left=ms, height=0.66, color=_STAGES[name], alpha=0.25)
-        ratio = speed_up(row, before) if before else None
-        factor = "" if before is None else "  wrong" if ratio is None else f"  ×{ratio[1]:.2f}"
-        axis.text(end + 0.02 * longest, y, f"{ms:.3g}{factor}", va="center", fontsize=8)
+        end, factor = ms, ""
+        if before is not None:
+            ratio = speed_up(row, before)
+            factor = "  wrong" if ratio is None else f"  ×{ratio[1]:.2f}"
+            if ratio is not None and ratio[1] > 1:
+                end = before["us"][1] / 1e3
+                axis.barh(y, end - ms, left=ms, height=0.66, color=_STAGES[name], alpha=0.25)
+        axis.text(end + 0.02 * longest, y, f"{_milliseconds(row)}{factor}", va="center", fontsize=8)
         before = before if row["problems"] else row
-    axis.set_xlim(0, 1.5 * longest)
+    axis.set_xlim(0, 1.65 * longest)
     axis.locator_params(axis="x", nbins=4)
     axis.grid(axis="x", color="0.92")
 
@@ -93,10 +94,10 @@ def _falling(axis: Any, of_case: Mapping[str, Row], names: Sequence[str]) -> Non
 # --- cost against size ---------------------------------------------------------------------------
 
 _AXES = {"batch": "images in a batch", "couplings": "couplings", "size": "height and width, pixels"}
-_COSTS: dict[str, tuple[str, Callable[[Row], float | None]]] = {
-    "images/s": ("images/s", lambda row: row.get("images_per_second")),
-    "MB": ("peak memory, MB", lambda row: row["peak_bytes"] / 1e6 if "peak_bytes" in row else None),
-    "s": ("first call, s", lambda row: row.get("first_call_seconds")),
+_COSTS: dict[str, Callable[[Row], float | None]] = {
+    "images/s": lambda row: row.get("images_per_second"),
+    "peak memory, MB": lambda row: row["peak_bytes"] / 1e6 if "peak_bytes" in row else None,
+    "first call, s": lambda row: row.get("first_call_seconds"),
 }
 
 
@@ -106,17 +107,17 @@ def scaling(results: Results, path: Path, source: str) -> None:
 
     options = {"nrows": len(_COSTS), "ncols": len(_AXES), "sharex": "col", "sharey": "row"}
     with _figure(path, source, figsize=(10, 8), **options) as (figure, axes):
-        for line, (title, cost) in zip(axes, _COSTS.values(), strict=True):
-            for axis, (name, label) in zip(line, _AXES.items(), strict=True):
+        for line, (title, cost) in zip(axes, _COSTS.items(), strict=True):
+            for axis, name in zip(line, _AXES, strict=True):
                 ticks = _curves(axis, results["rows"], name, cost)
                 axis.set_xscale("log")
                 axis.set_yscale("log")
                 axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
                 axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.grid(color="0.92")
-                if line is axes[-1]:
-                    axis.set_xlabel(label)
             line[0].set_ylabel(title)
+        for axis, label in zip(axes[-1], _AXES.values(), strict=True):
+            axis.set_xlabel(label)
         handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
         shown = {n: handles[n] for n in _VARIANTS if n in handles}
         if "failed" in handles:
@@ -208,7 +209,7 @@ def _of_conditioners(results: Results) -> Iterator[Point]:
             continue
         row = variants["fused"]
         weights = 9 * hidden * (channels // 2 + channels)
-        # a, params, and backward a, both gradients; weights twice and their gradient
+        # a twice and its gradient, params and their gradient, weights twice and their gradient
         moved = 4 * (batch * size**2 * (3 * channels // 2 + 2 * channels) + 3 * weights)
         flops = row["gflop_s"] * row["us"][1] * 1e3
         yield flops / moved, data, _rates(variants)
@@ -222,13 +223,13 @@ def _rates(variants: Mapping[str, Row]) -> dict[str, float]:
 
 
 def _roofs(axis: Any, intensities: Sequence[float], copy: float, product: float) -> None:
-    ends = [0.6 * min([*intensities, product / copy]), 1.7 * max([*intensities, product / copy])]
+    ends = [0.4 * min([*intensities, product / copy]), 1.7 * max([*intensities, product / copy])]
     corner = product / copy
     axis.plot([ends[0], corner, ends[1]], [copy * ends[0], product, product], "k-", linewidth=1)
     axis.text(
         ends[1],
         1.04 * product,
-        f"product, {product:.0f} GFLOP/s",
+        f"product of matrices, {product:.0f} GFLOP/s",
         ha="right",
         va="bottom",
         fontsize=8,
@@ -236,7 +237,8 @@ def _roofs(axis: Any, intensities: Sequence[float], copy: float, product: float)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(ends)
-    axis.text(corner, 0.5 * product, f"copy, {copy:.0f} GB/s", fontsize=8, ha="left")
+    middle = (ends[0] * corner) ** 0.5
+    axis.text(1.1 * middle, copy * middle, f"copy, {copy:.0f} GB/s", fontsize=8, va="top")
     axis.grid(color="0.92", which="both")
 
 
@@ -248,7 +250,7 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
     names = list(dict.fromkeys(name for _, name, _ in points))
     colours = {"eager": _BLUE, "fused": _ORANGE}
     for x, name, rates in points:
-        axis.plot([x] * len(rates), list(rates.values()), color=_GREY, linewidth=1, zorder=1)
+        axis.plot([x] * len(rates), list(rates.values()), color="0.8", linewidth=1, zorder=1)
         for variant, rate in rates.items():
             marker = _MARKERS[names.index(name) % len(_MARKERS)]
             axis.plot(x, rate, marker, color=colours[variant], markersize=6)
