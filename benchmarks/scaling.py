@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 of_axis.setdefault(row["variant"], f"not tried, a smaller one was {row['failed']}")
         rows += [{"axis": axis} | row for row in new]
         out.write_text(json.dumps(results, indent=1) + "\n")
-        shown = {r["variant"]: r.get("failed") or r["us"][1] / 1e3 for r in new}
+        shown = {r["variant"]: r.get("failed") or round(r["us"][1] / 1e3, 2) for r in new}
         print(axis, getattr(point, axis, ""), shown, flush=True)
     wrong = [f"wrong: {r}" for r in rows if r.get("problems")]
     print("\n".join([*wrong, f"results: {out}"]))

@@ -39,9 +39,9 @@ _SECONDS = 1.0  # of a turn
 _STEPS = 10  # in one timed call on a GPU, before one wait
 _LOSSES = ("loss_d", "loss_g")
 # Gradients jump where rounding decides on which side of zero a ReLU's argument is, and Adam's first
-# update of a weight is one of two numbers, whichever sign its gradient has.
+# update of a weight is one of two numbers, by the sign of its gradient: with random signs it is off by 1.4.
 _ALLOWED = {
-    "fp32": {"losses": 1e-4, "gradients": 1e-2, "updates": 0.3},
+    "fp32": {"losses": 1e-4, "gradients": 1e-2, "updates": 0.5},
     "bf16": {"losses": 2e-2, "gradients": 0.3, "updates": 1.0},
 }
 
@@ -342,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             new, failed = measure(workload, device, **options, until=until)
             rows += new
             missing += failed
-            print(workload.data, {r["variant"]: r["us"][1] / 1e3 for r in new}, flush=True)
+            shown = {r["variant"]: round(r["us"][1] / 1e3, 2) for r in new}
+            print(workload.data, shown, flush=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
     wrong = [f"wrong: {r['data']} {r['variant']}: {p}" for r in rows for p in r["problems"]]
     absent = [f"not measured: {' '.join(map(str, row.values()))}" for row in missing]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.kernel_tables import _hardware, _megabytes, _milliseconds, _ratio
+from benchmarks.kernel_tables import _hardware, _megabytes, _milliseconds, _ratio, _three_digits
 
 __all__ = ["best_eager", "cases", "phases", "stages", "startup", "steps"]
 
@@ -61,7 +61,7 @@ def phases(results: Results) -> str:
     for name in names:
         cells = (_phase(times.get(name), sum(times.values())) for times in found.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    sums = (f"**{sum(times.values()):.3g}**" for times in found.values())
+    sums = (f"**{_three_digits(sum(times.values()))}**" for times in found.values())
     lines.append(f"| **sum** | {' | '.join(sums)} |")
     lines.append(
         "\nMeans over the steps after the timed ones, and the share of their sum; eager is the better of "
@@ -71,7 +71,7 @@ def phases(results: Results) -> str:
 
 
 def _phase(ms: float | None, total: float) -> str:
-    return "–" if ms is None else f"{ms:.3g} ({ms / total:.0%})".replace("%", " %")
+    return "–" if ms is None else f"{_three_digits(ms)} ({ms / total:.0%})".replace("%", " %")
 
 
 def stages(variants: Mapping[str, Row]) -> dict[str, Row]:
