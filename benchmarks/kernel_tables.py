@@ -139,8 +139,8 @@ def _share(row: Row) -> str:
 def _hardware(results: Results) -> str:
     machine = results["machine"]
     return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
-        f"commit {results['commit'][:10]}"
+        f"{_where(results)}, torch {machine['versions']['torch']}, "
+        f"commit {(results['commit'] or 'unknown')[:10]}"
     )
 
 

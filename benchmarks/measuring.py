@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
     "cache_bytes",
+    "calls_in_one",
     "calls_in_turn",
     "captured",
     "copy_call",
@@ -30,6 +31,8 @@ __all__ = [
     "quantiles",
     "relative_errors",
     "rounds_for",
+    "set_cudnn",
+    "several",
     "times",
     "typical_errors",
     "verdict",
@@ -94,6 +97,12 @@ def _driver() -> dict[str, str]:
     return dict(zip(_GPU_FIELDS, text.splitlines()[0].split(", "), strict=True))
 
 
+def set_cudnn() -> None:
+    """On a GPU: float32 is float32 for every variant, and cuDNN measures its algorithms."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+
+
 # --- time ----------------------------------------------------------------------------------------
 
 
@@ -143,6 +152,23 @@ def rounds_for(once: float, seconds: float, least: int, most: int = 1000) -> int
     if once > seconds:
         return 1
     return min(most, max(least, int(seconds / max(once, 1e-9))))
+
+
+def several(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """One function that calls once on a CPU, and `calls_in_one` times with one wait on a GPU."""
+
+    def every() -> None:
+        for _ in range(calls_in_one(device)):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return every
+
+
+def calls_in_one(device: torch.device) -> int:
+    """How many calls `several` makes."""
+    return 10 if device.type == "cuda" else 1
 
 
 def in_turns(

@@ -103,7 +103,7 @@ _COSTS: dict[str, Callable[[Row], float | None]] = {
 
 def scaling(results: Results, path: Path, source: str) -> None:
     """Rows: throughput, peak memory, first call; columns: batch, couplings, image; all logarithmic."""
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     options = {"nrows": len(_COSTS), "ncols": len(_AXES), "sharex": "col", "sharey": "row"}
     with _figure(path, source, figsize=(10, 8), **options) as (figure, axes):
@@ -112,6 +112,9 @@ def scaling(results: Results, path: Path, source: str) -> None:
                 ticks = _curves(axis, results["rows"], name, cost)
                 axis.set_xscale("log")
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
                 axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
                 axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.grid(color="0.92")

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import RESULTS, commit
-from benchmarks.measuring import in_turns, machine, peak_bytes, times
+from benchmarks.measuring import (
+    calls_in_one,
+    in_turns,
+    machine,
+    peak_bytes,
+    set_cudnn,
+    several,
+    times,
+)
 from benchmarks.workloads import CLASSES, stir
 from hybridflow.config import FlowConfig
 from hybridflow.kernels import fuse
@@ -33,7 +41,6 @@ __all__ = ["AXES", "BASES", "Point", "main", "measure"]
 
 _SECONDS = 0.3  # of a turn
 _SLOW = 15.0  # seconds of a call that is called too slow
-_STEPS = 10  # in one timed call on a GPU, before one wait
 _TOO_SLOW, _NO_MEMORY = "too slow", "out of memory"
 _ALLOWED = {
     "outputs": 1e-4,
@@ -154,16 +161,9 @@ def _measure_times(
     seconds: float,
     until: float,
 ) -> None:
-    steps = _STEPS if device.type == "cuda" else 1
-
-    def several(call: Call) -> None:
-        for _ in range(steps):
-            call()
-        _wait(device)
-
-    timed = {name: functools.partial(several, call) for name, call in calls.items()}
+    timed = {name: several(call, device) for name, call in calls.items()}
     for name, us in in_turns(timed, seconds, until).items():
-        rows[name] |= times([t / steps for t in us])
+        rows[name] |= times([t / calls_in_one(device) for t in us])
         rows[name]["images_per_second"] = round(1e6 * rows[name]["batch"] / rows[name]["us"][1], 1)
 
 
@@ -233,8 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.perf_counter() + 60 * args.minutes
     device, out = torch.device(args.device), args.out or RESULTS / f"scaling-{args.device}.json"
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32 in every variant
-        torch.backends.cudnn.benchmark = True
+        set_cudnn()
     else:
         _limit_memory()
     rows: list[Row] = []

@@ -54,6 +54,8 @@ def start(arguments: Sequence[str], caches: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         run = RunFolder(Path(scratch) / "run")
         command = [sys.executable, "-m", "hybridflow.train", *arguments, "--log-every", "1"]
+        environment = os.environ | {name: str(caches / name) for name in _CACHES}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is never kept is never warm
         moments = [time.perf_counter()]
         with (
             (Path(scratch) / "output").open("w+") as output,
@@ -62,7 +64,7 @@ def start(arguments: Sequence[str], caches: Path) -> dict[str, float]:
                 stdout=output,
                 stderr=output,
                 cwd=ROOT,
-                env=os.environ | {name: str(caches / name) for name in _CACHES},
+                env=environment,
             ) as process,
         ):
             try:
