@@ -97,7 +97,7 @@ def test_a_wrong_variant_is_named_and_gets_no_ratio(what, monkeypatch):
     def of_fused(built, before, terms):
         results = right(built, before, terms)
         fused = type(built.model.prior).__module__.startswith("hybridflow.kernels")
-        return {**results, what: 1.5 * results[what]} if fused else results
+        return {**results, what: -results[what]} if fused else results
 
     monkeypatch.setattr(step, "_results", of_fused)
     rows = rows_of()
