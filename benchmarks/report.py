@@ -94,9 +94,9 @@ def time_to_accuracy(records: list[dict[str, Any]]) -> str:
         lines.append(f"| faster | {' | '.join(cells)} |")
     seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
     lines.append(
-        f"\n{results['dataset']}, {results['labels']} labels: seconds of training, validations included, "
-        f"until the validation accuracy of each head is first reached; medians over {seeds} seeds, in "
-        f"brackets the least and the most. {_hardware(records)}."
+        f"\n{results['dataset']}, {results['labels']} labels: seconds spent in training steps until "
+        f"the validation accuracy of each head is first reached; medians over {seeds} seeds, in brackets "
+        f"the least and the most. {_hardware(records)}."
     )
     return "\n".join(lines)
 
@@ -104,7 +104,7 @@ def time_to_accuracy(records: list[dict[str, Any]]) -> str:
 def _seconds_to(record: dict[str, Any], head: str, least: float) -> float:
     """When the accuracy first was at least that; infinity if never."""
     rows = (r for r in record["curve"] if r[f"validation_{head}_accuracy"] >= least)
-    return min((r["seconds"] for r in rows), default=math.inf)
+    return min((r["step_seconds"] for r in rows), default=math.inf)
 
 
 def _median(seconds: list[float]) -> float:

@@ -182,7 +182,7 @@ def timed_record(fused: bool, seed: int, reached: float) -> dict:
     new["results"] |= {"fused": fused, "images_per_second": 3000.0 if fused else 1000.0}
     curve = ((1.0, 0.5), (reached, 0.91), (100.0, 0.96))
     names = ("validation_flow_accuracy", "validation_discriminator_accuracy")
-    return new | {"curve": [{"seconds": s} | dict.fromkeys(names, a) for s, a in curve]}
+    return new | {"curve": [{"step_seconds": s} | dict.fromkeys(names, a) for s, a in curve]}
 
 
 def test_time_to_accuracy_is_the_first_time_of_each_run():
@@ -204,3 +204,8 @@ def test_a_run_that_never_got_there_leaves_no_ratio():
 def test_plain_and_fused_runs_take_turns():
     runs = training.EXPERIMENTS["time-to-accuracy"]
     assert ["--fused" in run for run in runs] == 3 * [False, True]
+
+
+def test_seconds_in_steps_follow_from_the_rate():
+    row = {"step": "10", "seconds": "99", "images_per_second": "1500"}
+    assert training._step_seconds(row, 300) == 2.0
