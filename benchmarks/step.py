@@ -49,7 +49,7 @@ _LOSSES = ("loss_d", "loss_g")
 # Gradients jump where rounding decides on which side of zero a ReLU's argument is, and Adam's first
 # update of a weight is one of two numbers, by the sign of its gradient: with random signs it is off by 1.4.
 _ALLOWED = {
-    "fp32": {"losses": 1e-4, "gradients": 1e-2, "updates": 0.5},
+    "fp32": {"losses": 1e-4, "gradients": 1e-2, "updates": 0.7},
     "bf16": {"losses": 2e-2, "gradients": 0.1, "updates": 0.7},
 }
 
@@ -75,8 +75,10 @@ def build_step(
     y = torch.randint(0, CLASSES, (2000,))
     stir(model.flow)
     model.initialise(x[:200].float() / 256)
-    for network in (model, discriminator):
-        network.to(device, memory_format=layout)
+    model.to(device, memory_format=layout)
+    discriminator.to(
+        device
+    )  # gradients of its normed weights are contiguous, which fused Adam takes as said
     options: dict[str, Any] = {"shift": config.shift, "flip": config.mirror, "device": device}
     labelled = Batches(x[:1000], y[:1000], config.batch_labelled, **options)
     unlabelled = Batches(x[1000:], None, config.batch_unlabelled, **options)
@@ -151,15 +153,14 @@ def _compiled(step: HybridStep, mode: str) -> tuple[HybridStep, Call]:
 
 
 def _results(step: HybridStep, before: Mapping[str, Tensor], terms: Any) -> dict[str, Tensor]:
-    """Losses, gradients and updates of the step just taken from a state, the latter two end to end."""
-    gradients, updates = [], []
+    """Of the step just taken from a state: losses, and gradients and updates of each network end to end."""
+    results = {"losses": torch.stack([terms[name] for name in _LOSSES])}
     for name, network in (("model", step.model), ("discriminator", step.discriminator)):
-        for key, parameter in network.named_parameters():
-            if parameter.grad is not None:
-                gradients.append(parameter.grad.flatten())
-                updates.append((parameter.detach() - before[f"{name}.{key}"]).flatten())
-    losses = torch.stack([terms[name] for name in _LOSSES])
-    return {"losses": losses, "gradients": torch.cat(gradients), "updates": torch.cat(updates)}
+        trained = [(k, p) for k, p in network.named_parameters() if p.grad is not None]
+        updates = [(p.detach() - before[f"{name}.{k}"]).flatten() for k, p in trained]
+        results[f"gradients of the {name}"] = torch.cat([p.grad.flatten() for _, p in trained])
+        results[f"updates of the {name}"] = torch.cat(updates)
+    return results
 
 
 def _errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
@@ -216,7 +217,7 @@ def measure(
         errors = _errors(results, right)
         rows[name] = about | {"variant": name, "peak_bytes": peak}
         rows[name] |= {"error": _short(errors["losses"]), "problems": _problems(errors, precision)}
-        rows[name] |= {f"error_of_{k}": _short(errors[k]) for k in ("gradients", "updates")}
+        rows[name]["errors"] = {what: _short(error) for what, error in errors.items()}
         if name.startswith("compile"):
             rows[name] |= {"mode": name.split(", ")[1], "compile_seconds": round(first, 1)}
         calls[name] = call
@@ -293,10 +294,11 @@ def device_work(events: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
 
 
 def _problems(errors: Mapping[str, float], precision: str) -> list[str]:
+    allowed = {name: _ALLOWED[precision][name.split()[0]] for name in errors}
     return [
-        f"{name} are off by {errors[name]:.1e}, allowed is {allowed:.1e}"
-        for name, allowed in _ALLOWED[precision].items()
-        if not errors[name] <= allowed
+        f"{name} are off by {error:.1e}, allowed is {allowed[name]:.1e}"
+        for name, error in errors.items()
+        if not error <= allowed[name]
     ]
 
 

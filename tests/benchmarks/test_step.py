@@ -90,7 +90,9 @@ def test_torch_compile_draws_the_same_numbers():
 
 
 @needs_native
-@pytest.mark.parametrize("what", ["losses", "gradients", "updates"])
+@pytest.mark.parametrize(
+    "what", ["losses", "gradients of the model", "updates of the discriminator"]
+)
 def test_a_wrong_variant_is_named_and_gets_no_ratio(what, monkeypatch):
     right = step._results
 
