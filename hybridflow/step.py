@@ -136,7 +136,7 @@ class HybridStep:
         """One Adam step, at the learning rate of the schedule."""
         parameters = optimiser.param_groups[0]["params"]
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _laid_out_as(parameter, gradient)
         nn.utils.clip_grad_norm_(parameters, self.optimiser_config.clip, foreach=True)
         optimiser.step()
 
@@ -217,6 +217,13 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 def _gradients(loss: Tensor, network: nn.Module) -> tuple[Tensor, ...]:
     """Of the network's parameters alone."""
     return torch.autograd.grad(loss, _trained(network), allow_unused=True, materialize_grads=True)
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's strides, which fused Adam takes for granted."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _averaged(network: nn.Module) -> dict[str, Tensor]:

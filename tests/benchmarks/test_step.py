@@ -139,3 +139,17 @@ def test_the_work_of_a_gpu_is_the_union_of_its_intervals():
     ]
     assert step.device_work(events) == (2, 5.0)
     assert step.device_work([]) == (0, 0.0)
+
+
+def test_a_gradient_in_another_memory_format_updates_the_same_weights():
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        built = step.build_step(SMALL, CPU)
+        generator = torch.Generator().manual_seed(0)
+        weights = built.optimiser_g.param_groups[0]["params"]
+        grads = [torch.randn(w.shape, generator=generator) for w in weights]
+        grads = [g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in grads]
+        built._update(built.optimiser_g, tuple(grads))
+        moved.append([w.detach() for w in weights])
+    for contiguous, last in zip(*moved, strict=True):
+        torch.testing.assert_close(contiguous, last)
