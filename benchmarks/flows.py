@@ -8,12 +8,11 @@ one run. Exit status: 0 if every variant was right.
 import argparse
 import copy
 import functools
-import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,23 @@ from torch import Tensor, nn
 from benchmarks.conditioners import matmul_rate
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import (
+    in_turns,
     machine,
     peak_bytes,
     quantiles,
     relative_errors,
-    rounds_for,
+    times,
     typical_errors,
     verdict,
 )
-from hybridflow.config import PRESETS, Config
-from hybridflow.data import Batches
+from benchmarks.step import build_step
+from benchmarks.workloads import CLASSES, FLOWS, Workload, stir
 from hybridflow.flow import MultiScaleFlow
 from hybridflow.kernels import fuse
-from hybridflow.networks import build_discriminator, build_model
-from hybridflow.step import HybridStep
+from hybridflow.networks import build_model
 
 __all__ = ["FLOWS", "Workload", "main"]
 
-_CLASSES = 10
-_TURNS = 5
 _SECONDS = 1.0  # of a turn
 _DRAWS = 3
 _JUMPS = 1e-3
@@ -54,57 +51,14 @@ Call = Callable[[], Any]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A preset at a batch size, on images of this shape."""
-
-    data: str
-    preset: str
-    batch: int
-    shape: tuple[int, int, int]
-
-    @property
-    def config(self) -> Config:
-        return PRESETS[self.preset]
-
-    def flops(self, task: str) -> int:
-        """Of the conditioners, taps outside of the image counted: three times as many with a backward."""
-        flow = _flow(self)
-        convolutions = [m for m in flow.modules() if isinstance(m, nn.Conv2d)]
-        positions: list[int] = []
-        hooks = [
-            m.register_forward_hook(lambda m, _, y: positions.append(y[0, 0].numel()))
-            for m in convolutions
-        ]
-        with torch.no_grad():
-            flow(torch.zeros(1, *self.shape))
-        for hook in hooks:
-            hook.remove()
-        weights = (m.weight.numel() for m in convolutions)
-        one = sum(2 * p * w for p, w in zip(positions, weights, strict=True))
-        return one * self.batch * (1 if task == "sampling" else 3)
-
-
-FLOWS = (
-    Workload("MNIST", "mnist", 300, (1, 32, 32)),
-    Workload("CIFAR-10", "cifar10", 64, (3, 32, 32)),
-    Workload("SVHN", "svhn", 64, (3, 32, 32)),
-    Workload("digits", "digits", 300, (1, 8, 8)),
-)
-
-
 # --- flows ---------------------------------------------------------------------------------------
 
 
 def _flow(workload: Workload) -> MultiScaleFlow:
-    """With random weights, since as a flow is born its couplings do nothing: mild ones, for a flow of dozens
-    of wild couplings makes a rounding as large as its results."""
     torch.manual_seed(0)
-    flow = build_model(workload.config.flow, torch.Size(workload.shape), _CLASSES).flow
+    flow = build_model(workload.config.flow, torch.Size(workload.shape), CLASSES).flow
     assert isinstance(flow, MultiScaleFlow)
-    for parameter in flow.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() == 4 else 100
-        parameter.data += 0.2 * torch.randn_like(parameter) / fan_in**0.5
+    stir(flow)
     return flow
 
 
@@ -205,11 +159,11 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
             errors[name] = min(errors.get(name, found), found, key=lambda e: max(e.values()))
     peaks = {} if task == "sampling" else {n: peak_bytes(c, _CPU) for n, c in calls.items()}
     rows, flops = [], workload.flops(task)
-    for name, us in _in_turns(calls, seconds).items():
+    for name, us in in_turns(calls, seconds).items():
         measure = None if name == "eager" else errors["eager"]
         rows.append(
             {"data": workload.data, "batch": workload.batch, "task": task, "variant": name}
-            | _times(us)
+            | times(us)
             | {"peak_bytes": peaks.get(name), "error": float(f"{max(errors[name].values()):.2g}")}
             | {"problems": _problems(errors[name], measure)}
             | {"gflop_s": round(flops / quantiles(us)[1] / 1e3, 1)}
@@ -233,35 +187,12 @@ def _problems(errors: Mapping[str, float], of_eager: Mapping[str, float] | None)
 # --- the hybrid step -----------------------------------------------------------------------------
 
 
-def _step(workload: Workload, fused: bool) -> HybridStep:
-    """As the trainer builds it, on random images."""
-    config = workload.config
-    torch.manual_seed(0)
-    shape = torch.Size(workload.shape)
-    model = build_model(config.flow, shape, _CLASSES)
-    discriminator = build_discriminator(config.discriminator, shape, _CLASSES)
-    x = torch.randint(0, 256, (2000, *workload.shape), dtype=torch.uint8)
-    y = torch.randint(0, _CLASSES, (2000,))
-    options: dict[str, Any] = {"shift": config.shift, "flip": config.mirror, "device": _CPU}
-    labelled = Batches(x[:1000], y[:1000], config.batch_labelled, **options)
-    unlabelled = Batches(x[1000:], None, config.batch_unlabelled, **options)
-    for batches in (labelled, unlabelled):
-        batches.shuffle()
-    model.initialise(x[:200].float() / 256)
-    if fused:
-        fuse(model)
-    return HybridStep(
-        *(model, discriminator, labelled, unlabelled),
-        levels=256,
-        terms=config.terms,
-        optimiser=config.optimiser,
-        total_steps=config.steps,
-    )
-
-
 def measure_step(workload: Workload, seconds: float) -> list[Row]:
     """A row for eager and for fused: times in µs; the first loss of both has to agree."""
-    steps = {"eager": _step(workload, False), "fused": _step(workload, True)}
+    steps = {
+        "eager": build_step(workload, _CPU),
+        "fused": build_step(workload, _CPU, fused=True),
+    }
     losses = {}
     for name, step in steps.items():
         torch.manual_seed(1)
@@ -271,33 +202,10 @@ def measure_step(workload: Workload, seconds: float) -> list[Row]:
     wrong = [] if error < 1e-4 else [f"the flow's loss is off by {error:.1e}, allowed is 1e-4"]
     return [
         {"data": workload.data, "batch": batch, "task": "training step", "variant": name}
-        | _times(us)
+        | times(us)
         | {"error": float(f"{error:.2g}"), "problems": wrong if name == "fused" else []}
-        for name, us in _in_turns(steps, seconds).items()
+        for name, us in in_turns(steps, seconds).items()
     ]
-
-
-# --- time ----------------------------------------------------------------------------------------
-
-
-def _in_turns(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _, (name, call) in itertools.product(range(_TURNS), calls.items()):
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        if once > seconds:
-            times[name].append(1e6 * once)
-            continue
-        for _ in range(rounds_for(once, seconds, 1)):
-            start = time.perf_counter()
-            call()
-            times[name].append(1e6 * (time.perf_counter() - start))
-    return times
-
-
-def _times(us: Sequence[float]) -> Row:
-    return {"us": [round(t, 1) for t in quantiles(us)], "rounds": len(us)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,15 +18,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.flows import FLOWS, Workload
+from benchmarks.step import build_step
+from benchmarks.workloads import FLOWS
 from hybridflow import checkpoint
 from hybridflow.capture import CapturedStep, trace
 from hybridflow.config import PRESETS, Config
-from hybridflow.data import Batches
-from hybridflow.kernels import fuse
 from hybridflow.kernels.swap import _choices
-from hybridflow.networks import build_discriminator, build_model
-from hybridflow.objective import terms_of
 from hybridflow.run import RunFolder
 from hybridflow.step import HybridStep
 from hybridflow.trainer import Trainer, resume, train
@@ -48,7 +45,7 @@ def check_step(data: str, precision: str, variant: str, device: torch.device) ->
     """
     kind = {"data": data, "precision": precision, "variant": variant}
     workload = next(w for w in FLOWS if w.data == data)
-    step = hybrid_step(workload, precision, variant != "unfused", device)
+    step = build_step(workload, device, fused=variant != "unfused", autocast=precision == "bf16")
     with _choices.using(variant == "one op"), deterministic() as caught:
         found = compare(step, lambda function: CapturedStep(function, device))
         texts = {str(warning.message).splitlines()[0][:200] for warning in caught}
@@ -60,33 +57,6 @@ def check_step(data: str, precision: str, variant: str, device: torch.device) ->
         if first.operations != second.operations:
             problems.append("two steps are not the same operations")
         yield kind | _row("trace", problems) | {"operations": len(second.operations)}
-
-
-def hybrid_step(
-    workload: Workload, precision: str, fused: bool, device: torch.device
-) -> HybridStep:
-    """As the trainer builds it, on random images."""
-    config = workload.config
-    torch.manual_seed(0)
-    shape = torch.Size(workload.shape)
-    model = build_model(config.flow, shape, _CLASSES).to(device)
-    x = torch.randint(0, 256, (_IMAGES, *shape), dtype=torch.uint8)
-    y = torch.randint(0, _CLASSES, (_IMAGES,))
-    augmented: dict[str, Any] = {"shift": config.shift, "flip": config.mirror, "device": device}
-    model.initialise(x[:200].to(device).float() / 256)
-    if fused:
-        fuse(model)
-    return HybridStep(
-        model,
-        build_discriminator(config.discriminator, shape, _CLASSES).to(device),
-        Batches(x[:1000], y[:1000], config.batch_labelled, **augmented),
-        Batches(x[1000:], None, config.batch_unlabelled, **augmented),
-        levels=256,
-        terms=terms_of(config.objective, config.terms),
-        optimiser=config.optimiser,
-        total_steps=config.steps,
-        autocast=precision == "bf16",
-    )
 
 
 @contextlib.contextmanager
@@ -200,7 +170,7 @@ def waits(call: Callable[[], Any]) -> list[str]:
 
 def check_refusal(device: torch.device) -> Row:
     """A step that reads a loss is refused by name; the device, its random numbers and captures work."""
-    step = hybrid_step(FLOWS[-1], "fp32", True, device)
+    step = build_step(FLOWS[-1], device, fused=True)
     refused = CapturedStep(lambda: step()["loss_g"].item(), device)
     problems = []
     try:

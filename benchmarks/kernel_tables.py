@@ -139,8 +139,8 @@ def _share(row: Row) -> str:
 def _hardware(results: Results) -> str:
     machine = results["machine"]
     return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
-        f"commit {results['commit'][:10]}"
+        f"{_where(results)}, torch {machine['versions']['torch']}, "
+        f"commit {(results['commit'] or 'unknown')[:10]}"
     )
 
 
@@ -228,10 +228,11 @@ def _shape(row: Row) -> str:
 
 
 def _milliseconds(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    milliseconds = row["us"][1] / 1e3
-    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
+    return "–" if row is None else _three_digits(row["us"][1] / 1e3)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(row: Row, over: Row | None) -> str:

@@ -2,14 +2,15 @@
 
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,27 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
     "cache_bytes",
+    "calls_in_one",
     "calls_in_turn",
     "captured",
     "copy_call",
+    "in_turns",
     "machine",
     "peak_bytes",
     "processor",
     "quantiles",
     "relative_errors",
     "rounds_for",
+    "set_cudnn",
+    "several",
+    "times",
     "typical_errors",
     "verdict",
     "verdict_16_bit",
 ]
 
 _PACKAGES = ("torch", "triton", "numpy", "pytest-benchmark", "normflows", "nflows", "zuko", "FrEIA")
+_TURNS = 5
 _GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "power.limit")
 
 
@@ -90,6 +97,12 @@ def _driver() -> dict[str, str]:
     return dict(zip(_GPU_FIELDS, text.splitlines()[0].split(", "), strict=True))
 
 
+def set_cudnn() -> None:
+    """On a GPU: float32 is float32 for every variant, and cuDNN measures its algorithms."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+
+
 # --- time ----------------------------------------------------------------------------------------
 
 
@@ -100,7 +113,7 @@ def calls_in_turn(calls: Sequence[Callable[[], Any]], device: torch.device) -> C
     what is timed is the device.
     """
     if device.type != "cuda":
-        turn = cycle(calls)
+        turn = itertools.cycle(calls)
         return lambda: next(turn)()
 
     def every() -> None:
@@ -139,6 +152,52 @@ def rounds_for(once: float, seconds: float, least: int, most: int = 1000) -> int
     if once > seconds:
         return 1
     return min(most, max(least, int(seconds / max(once, 1e-9))))
+
+
+def several(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """One function that calls once on a CPU, and `calls_in_one` times with one wait on a GPU."""
+
+    def every() -> None:
+        for _ in range(calls_in_one(device)):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return every
+
+
+def calls_in_one(device: torch.device) -> int:
+    """How many calls `several` makes."""
+    return 10 if device.type == "cuda" else 1
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, until: float = math.inf
+) -> dict[str, list[float]]:
+    """Times of each call in µs: five turns of about so many seconds, or of one call that takes longer.
+
+    After the first turn of all, no other begins once `time.perf_counter()` has passed `until`.
+    """
+    us: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, call) in itertools.product(range(_TURNS), calls.items()):
+        if turn and time.perf_counter() > until:
+            break
+        start = time.perf_counter()
+        call()
+        once = time.perf_counter() - start
+        if once > seconds:
+            us[name].append(1e6 * once)
+            continue
+        for _ in range(rounds_for(once, seconds, 1)):
+            start = time.perf_counter()
+            call()
+            us[name].append(1e6 * (time.perf_counter() - start))
+    return us
+
+
+def times(us: Sequence[float]) -> dict[str, Any]:
+    """Columns of a row: p20, p50 and p80, and of how many rounds."""
+    return {"us": [round(t, 1) for t in quantiles(us)], "rounds": len(us)}
 
 
 def quantiles(values: Sequence[float]) -> list[float]:

@@ -1,24 +1,26 @@
 """Render the results files as the tables and the pictures of the README: `python -m benchmarks.report`.
 
 A table stands in the README between `<!-- NAME -->` and `<!-- /NAME -->`; nothing else is touched. A
-picture stands beside its results file, whose digest it carries. With --check nothing is written, and the
-exit status says whether tables and pictures are up to date.
+picture stands beside the results files that it is made from, and carries their digest. With --check nothing
+is written, and the exit status says whether tables and pictures are up to date.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks import kernel_tables
+from benchmarks import kernel_tables, pictures, step_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MARKS = {"flow": 0.90, "discriminator": 0.95}
 ROW_NAMES = {
     "supervised": "supervised only",
     "nll": "+ likelihood",
@@ -68,6 +70,55 @@ def small_runs(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def time_to_accuracy(records: list[dict[str, Any]]) -> str:
+    """Seconds until the validation accuracies first reach their marks, plain and fused."""
+    heads = {f"{head} ≥ {100 * least:.0f} %": (head, least) for head, least in MARKS.items()}
+    lines = [
+        f"| | {' | '.join(f'{name}, s' for name in heads)} | images/s |",
+        f"|---|{'---:|' * (1 + len(heads))}",
+    ]
+    medians: dict[str, list[float]] = {}
+    for name, fused in (("PyTorch", False), ("fused", True)):
+        runs = [r for r in records if r["results"]["fused"] is fused]
+        if not runs:
+            continue
+        reached = [[_seconds_to(r, *mark) for r in runs] for mark in heads.values()]
+        rate = median(r["results"]["images_per_second"] for r in runs)
+        medians[name] = [*map(_median, reached), rate]
+        cells = [_reached(seconds) for seconds in reached]
+        lines.append(f"| {name} | {' | '.join(cells)} | {rate:.0f} |")
+    if len(medians) == 2:
+        *seconds, rate = zip(*medians.values(), strict=True)
+        ratios = [*(plain / fused for plain, fused in seconds), rate[1] / rate[0]]
+        cells = ["–" if math.isnan(ratio) else f"×{ratio:.2f}" for ratio in ratios]
+        lines.append(f"| faster | {' | '.join(cells)} |")
+    seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
+    lines.append(
+        f"\n{results['dataset']}, {results['labels']} labels: seconds spent in training steps until "
+        f"the validation accuracy of each head is first reached; medians over {seeds} seeds, in brackets "
+        f"the least and the most. {_hardware(records)}."
+    )
+    return "\n".join(lines)
+
+
+def _seconds_to(record: dict[str, Any], head: str, least: float) -> float:
+    """When the accuracy first was at least that; infinity if never."""
+    rows = (r for r in record["curve"] if r[f"validation_{head}_accuracy"] >= least)
+    return min((r["step_seconds"] for r in rows), default=math.inf)
+
+
+def _median(seconds: list[float]) -> float:
+    """NaN unless every run got there."""
+    return math.nan if math.inf in seconds else median(seconds)
+
+
+def _reached(seconds: list[float]) -> str:
+    missed = sum(math.isinf(s) for s in seconds)
+    if missed:
+        return f"not in {missed} of {len(seconds)} runs"
+    return f"{median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
+
+
 def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]], str]:
     def of_only(records: list[dict[str, Any]]) -> str:
         return table(records[0])
@@ -91,8 +142,26 @@ TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]]
 TABLES |= {
     "conditioners-cpu": (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",)),
     "flows-cpu": (_of_kernels(kernel_tables.flows), ("flows-cpu",)),
+    "time-to-accuracy": (time_to_accuracy, ("time-to-accuracy",)),
+} | {
+    f"{source}-{device}{name}": (_of_kernels(table), (f"{source}-{device}",))
+    for device in ("cpu", "cuda")
+    for source, name, table in (
+        ("step", "", step_tables.steps),
+        ("step", "-phases", step_tables.phases),
+        ("startup", "", step_tables.startup),
+    )
 }
-PICTURES = ("kernels-cpu", "kernels-cuda")
+PICTURES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    f"{name}-{device}": (picture, tuple(f"{source}-{device}" for source in sources))
+    for device in ("cpu", "cuda")
+    for name, picture, sources in (
+        ("kernels", kernel_tables.picture, ("kernels",)),
+        ("step", pictures.waterfall, ("step",)),
+        ("scaling", pictures.scaling, ("scaling",)),
+    )
+} | {"roofline-cpu": (pictures.roofline, ("kernels-cpu", "flows-cpu", "conditioners-cpu"))}
+"""By name: what draws it from the contents of its results files, a path and their digest."""
 
 
 def render(readme: str, results: Path) -> str:
@@ -121,15 +190,25 @@ def _records(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def outdated_pictures(results: Path) -> dict[Path, str]:
-    """Pictures that do not show their results file, and the digest of that file."""
+    """Pictures that do not show their results files, and the digest of these.
+
+    A picture one of whose files does not exist is none.
+    """
     found = {}
-    for name in PICTURES:
-        file, picture = results / f"{name}.json", results / f"{name}.png"
-        if file.exists():
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name, (_, sources) in PICTURES.items():
+        files, picture = [results / f"{source}.json" for source in sources], results / f"{name}.png"
+        if all(file.exists() for file in files):
+            digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
             if not picture.exists() or png_text(picture.read_bytes()).get("Source") != digest:
                 found[picture] = digest
     return found
+
+
+def draw(picture: Path, digest: str) -> None:
+    """Make a picture anew from the results files beside it."""
+    function, sources = PICTURES[picture.stem]
+    files = (picture.with_name(f"{source}.json") for source in sources)
+    function(*(json.loads(file.read_text()) for file in files), picture, digest)
 
 
 def png_text(png: bytes) -> dict[str, str]:
@@ -164,7 +243,7 @@ def main() -> None:
         return
     path.write_text(new)
     for picture, digest in pictures.items():
-        kernel_tables.picture(json.loads(picture.with_suffix(".json").read_text()), picture, digest)
+        draw(picture, digest)
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -27,6 +27,11 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
     "mnist-small": [["--fused", "--preset", "mnist-small", "--minutes", "20"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
     "cifar10-small": [["--fused", "--preset", "cifar10-small"]],
+    "time-to-accuracy": [
+        [*fused, "--steps", "500", "--eval-every", "5", "--seed", str(seed)]
+        for seed in range(3)
+        for fused in ([], ["--fused"])
+    ],
 }
 
 
@@ -60,17 +65,27 @@ def main() -> None:
 
 
 def record_of(job: Job, arguments: list[str], threads: int) -> dict[str, Any]:
-    """A finished run's arguments, results and validation curve."""
+    """A finished run's arguments, results and validation curve, with the seconds spent in steps alone."""
     with job.folder.metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["validation_flow_accuracy"]]
+    config = job.folder.read_config()
+    images = config.batch_labelled + config.batch_unlabelled
     kept = ("step", "seconds", *(name for name in rows[0] if name.startswith("validation_")))
     return {
         "arguments": arguments,
         "threads": threads,
         "processor": _processor(),
         "results": json.loads(job.folder.results.read_text()),
-        "curve": [{name: float(row[name]) for name in kept} for row in rows],
+        "curve": [
+            {name: float(row[name]) for name in kept} | {"step_seconds": _step_seconds(row, images)}
+            for row in rows
+        ],
     }
+
+
+def _step_seconds(row: dict[str, str], images: int) -> float:
+    """Seconds spent in steps of so many images: validation, pictures and files left out."""
+    return round(float(row["step"]) * images / float(row["images_per_second"]), 4)
 
 
 def _processor() -> str:

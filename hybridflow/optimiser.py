@@ -34,11 +34,11 @@ class Optimiser:
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
         self._orders = [_order(p) for p in self.parameters]
-        self.weights = nn.Parameter(self._vector([p.detach() for p in self.parameters]))
-        for parameter, view in zip(self.parameters, self._views(self.weights), strict=True):
+        self.weights = nn.Parameter(self.vector([p.detach() for p in self.parameters]))
+        for parameter, view in zip(self.parameters, self.views(self.weights), strict=True):
             parameter.data = view
         self._averaged = self.weights.detach().clone()
-        self.average = dict(zip(named, self._views(self._averaged), strict=True))
+        self.average = dict(zip(named, self.views(self._averaged), strict=True))
         device = self.weights.device
         self.adam = torch.optim.Adam(
             [self.weights],
@@ -51,15 +51,15 @@ class Optimiser:
         state = {name: torch.zeros_like(self._averaged) for name in moments}
         self.adam.state[self.weights] = {"step": torch.zeros((), device=device)} | state
 
-    def _vector(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The parameters', or their gradients', elements one after the other, in the order of memory."""
+    def vector(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The elements of as many tensors as there are parameters, in the order of these in memory."""
         pairs = zip(tensors, self._orders, strict=True)
         return torch.cat(
             [(t if order is None else t.permute(order)).flatten() for t, order in pairs]
         )
 
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        """The opposite: in the shapes and memory formats of the parameters."""
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Parts of such a vector in the shapes and memory formats of the parameters, sharing its memory."""
         parts = vector.detach().split([p.numel() for p in self.parameters])
         return [
             v.as_strided(p.shape, p.stride()) for v, p in zip(parts, self.parameters, strict=True)
@@ -77,7 +77,7 @@ class Optimiser:
             gradients = torch.autograd.grad(
                 loss, self.parameters, allow_unused=True, materialize_grads=True
             )
-            return self._vector(gradients)
+            return self.vector(gradients)
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:

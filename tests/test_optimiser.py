@@ -50,6 +50,18 @@ def test_steps_are_those_of_adam_on_every_parameter(memory_format):
     assert max((a - b).abs().max() for a, b in zip(parameters, start, strict=True)) > 3e-3
 
 
+def test_a_gradient_in_another_memory_format_moves_the_same_weights():
+    moved = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        optimiser = Optimiser(network(), 1e-3, 0.9, NO_CLIP)
+        generator = torch.Generator().manual_seed(0)
+        grads = [torch.randn(p.shape, generator=generator) for p in optimiser.parameters]
+        grads = [g.contiguous(memory_format=memory_format) if g.dim() == 4 else g for g in grads]
+        optimiser.step(optimiser.vector(grads))
+        moved.append(optimiser.weights.detach())
+    assert torch.equal(*moved)
+
+
 def test_the_gradients_norm_is_clipped_and_its_direction_kept():
     layer = nn.Linear(3, 2)
     optimiser = Optimiser(layer, 1e-3, 0.9, OptimiserConfig(clip=0.5))

@@ -51,6 +51,15 @@ def test_flops_are_those_of_the_convolutions():
     assert SMALL.flops("sampling") == 6 * want
 
 
+def test_traffic_is_that_of_inputs_outputs_and_weights():
+    elements = 4 * 64 + 4 * 32 + 32  # 8x8, then half of it, then the last coupling
+    weights = sum(
+        m.weight.numel() for m in flows._flow(SMALL).modules() if isinstance(m, nn.Conv2d)
+    )
+    assert SMALL.traffic("sampling") == 4 * (2 * 6 * elements + weights)
+    assert SMALL.traffic("likelihood") == 4 * (5 * 6 * elements + 3 * weights)
+
+
 @needs_native
 def test_a_wrong_variant_is_named(monkeypatch):
     right = flows._results

@@ -30,6 +30,8 @@ from benchmarks.gpu_queue import (
     run_queue,
     time_bound,
 )
+from benchmarks.step import build_step
+from benchmarks.workloads import FLOWS
 from hybridflow import kernels
 from hybridflow.config import FlowConfig
 from hybridflow.kernels import native
@@ -805,8 +807,8 @@ def test_mnist_is_at_hand_only_whole(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def digits_step() -> Any:
-    workload = next(w for w in gpu_graph.FLOWS if w.data == "digits")
-    return gpu_graph.hybrid_step(workload, "fp32", False, _CPU)
+    workload = next(w for w in FLOWS if w.data == "digits")
+    return build_step(workload, _CPU)
 
 
 def _first_result(function: Any) -> Any:
@@ -887,7 +889,7 @@ def test_a_step_that_reads_a_loss_has_to_be_refused(
             return self.function()
 
     monkeypatch.setattr(gpu_graph, "CapturedStep", Captured)
-    monkeypatch.setattr(gpu_graph, "hybrid_step", lambda *arguments: digits_step)
+    monkeypatch.setattr(gpu_graph, "build_step", lambda *arguments, **options: digits_step)
     row = gpu_graph.check_refusal(_CPU)
     assert row["passed"] == refuses
     assert refuses or row["problems"] == ["a step that reads a loss was captured"]

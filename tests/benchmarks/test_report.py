@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, training
+from benchmarks import report, step_tables, training
 
 PLACES = "".join(f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("digits-ablation", "small-runs"))
 
@@ -76,3 +76,136 @@ def test_texts_of_a_png_are_read():
 def test_every_experiment_of_the_ablation_is_made_once():
     runs = training.EXPERIMENTS["digits-ablation"]
     assert len(runs) == len({tuple(r) for r in runs}) == 5 * len(training.ROWS)
+
+
+# --- the training step ---------------------------------------------------------------------------
+
+MACHINE = {"processor": "Some CPU", "threads": 2, "versions": {"torch": "2.13.0"}}
+HEADER = {"commit": "0123456789abc", "machine": MACHINE}
+MS = {
+    "eager": 100.0,
+    "eager, channels-last": 80.0,
+    "compile, default": 60.0,
+    "fused, elementwise only": 50.0,
+    "fused": 20.0,
+    "fused + graph": 10.0,
+}
+
+
+def step_rows(data: str, variants: tuple[str, ...], wrong: str | None = None) -> list[dict]:
+    rows = []
+    for variant in variants:
+        ms = MS[variant]
+        row = {"data": data, "batch": 300, "variant": variant, "peak_bytes": 5_000_000}
+        row |= {"us": [900 * ms, 1000 * ms, 1100 * ms], "images_per_second": 300_000 / ms}
+        row |= {"problems": ["losses are off"] if variant == wrong else []}
+        row |= {"phases_ms": {"flow": ms / 4, "backward of the flow": 3 * ms / 4}}
+        if variant.startswith("compile"):
+            row |= {"mode": "default", "compile_seconds": 33.3}
+        rows.append(row | {"kernels": 3000, "busy": 0.25})
+    return rows
+
+
+def step_results(*rows: list[dict]) -> dict:
+    return HEADER | {
+        "precision": "fp32",
+        "not_measured": [],
+        "rows": [r for rs in rows for r in rs],
+    }
+
+
+def test_steps_are_compared_with_the_better_eager_and_the_best_compiled():
+    lines = step_tables.steps(step_results(step_rows("MNIST", tuple(MS)[:5]))).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        *("MNIST, 300", "80", "60", "50", "20"),
+        *("4.00", "3.00", "3750", "15000", "5", "5", "33"),
+    ]
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+def test_a_graph_adds_what_only_a_gpu_has():
+    results = step_results(step_rows("MNIST", tuple(MS)), step_rows("SVHN", tuple(MS)[:2]))
+    lines = step_tables.steps(results).splitlines()
+    assert "| 10 | 8.00 | 6.00 |" in lines[2] and "| 3000 | 3000 | 25 % | 25 % |" in lines[2]
+    assert len({line.count("|") for line in lines[:4]}) == 1  # also where variants are missing
+
+
+def test_a_wrong_variant_has_no_ratio():
+    results = step_results(step_rows("MNIST", tuple(MS)[:5], wrong="fused"))
+    assert "| wrong | wrong |" in step_tables.steps(results)
+
+
+def test_phases_have_times_and_shares_before_and_after():
+    table = step_tables.phases(step_results(step_rows("MNIST", tuple(MS)[:5])))
+    assert "| ms of a step | MNIST: eager | MNIST: fused |" in table
+    assert "| flow | 20 (25 %) | 5 (25 %) |" in table and "| **sum** | **80** | **20** |" in table
+
+
+def test_each_technique_is_a_stage_if_it_was_measured():
+    def stages(*variants: str) -> list[str]:
+        return list(step_tables.stages({r["variant"]: r for r in step_rows("MNIST", variants)}))
+
+    assert stages("eager", "fused") == ["eager", "conditioner kernels"]
+    assert stages(*MS) == [
+        *("eager", "channels-last", "elementwise kernels", "conditioner kernels", "CUDA graph")
+    ]
+
+
+def test_pictures_carry_the_digest_of_all_their_files(tmp_path: Path):
+    rows = [step_rows("MNIST", tuple(MS)), step_rows("digits", tuple(MS)[:5], wrong="fused")]
+    (tmp_path / "step-cpu.json").write_text(json.dumps(step_results(*rows)))
+    rate = {"us": [1e5, 1e5, 1e5], "problems": [], "matmul_gflop_s": 100.0, "gflop_s": 20.0}
+    shape = {"data": "MNIST", "batch": 300, "channels": 4, "size": 16, "hidden": 128}
+    variants = [{"variant": "eager"}, {"variant": "fused"}]
+    flows = [shape | rate | v | {"task": "likelihood"} for v in variants]
+    conditioners = [shape | rate | v for v in variants]
+    (tmp_path / "flows-cpu.json").write_text(json.dumps(HEADER | {"rows": flows}))
+    (tmp_path / "conditioners-cpu.json").write_text(json.dumps(HEADER | {"rows": conditioners}))
+    assert [p.name for p in report.outdated_pictures(tmp_path)] == ["step-cpu.png"]
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps(HEADER | {"copy": {"gb_s": 20.0}}))
+    found = report.outdated_pictures(tmp_path)
+    del found[tmp_path / "kernels-cpu.png"]
+    assert [p.name for p in found] == ["step-cpu.png", "roofline-cpu.png"]
+    for picture, digest in found.items():
+        report.draw(picture, digest)
+    assert [p.name for p in report.outdated_pictures(tmp_path)] == ["kernels-cpu.png"]
+    (tmp_path / "flows-cpu.json").write_text(json.dumps(HEADER | {"rows": flows[:1]}))
+    assert tmp_path / "roofline-cpu.png" in report.outdated_pictures(tmp_path)
+
+
+# --- time to accuracy ----------------------------------------------------------------------------
+
+
+def timed_record(fused: bool, seed: int, reached: float) -> dict:
+    new = record("full", seed, 0.9)
+    new["results"] |= {"fused": fused, "images_per_second": 3000.0 if fused else 1000.0}
+    curve = ((1.0, 0.5), (reached, 0.91), (100.0, 0.96))
+    names = ("validation_flow_accuracy", "validation_discriminator_accuracy")
+    return new | {"curve": [{"step_seconds": s} | dict.fromkeys(names, a) for s, a in curve]}
+
+
+def test_time_to_accuracy_is_the_first_time_of_each_run():
+    runs = [(fused, seed) for seed in range(3) for fused in (False, True)]
+    records = [timed_record(f, s, (10.0 if f else 30.0) + s) for f, s in runs]
+    table = report.time_to_accuracy(records)
+    assert "| PyTorch | 31.0 (30.0–32.0) | 100.0 (100.0–100.0) | 1000 |" in table
+    assert "| fused | 11.0 (10.0–12.0) | 100.0 (100.0–100.0) | 3000 |" in table
+    assert "| faster | ×2.82 | ×1.00 | ×3.00 |" in table and "3 seeds" in table
+
+
+def test_a_run_that_never_got_there_leaves_no_ratio():
+    records = [timed_record(f, s, 10.0) for s in range(3) for f in (False, True)]
+    records[1]["curve"] = records[1]["curve"][:1]
+    table = report.time_to_accuracy(records)
+    assert "| fused | not in 1 of 3 runs |" in table and "| faster | – | – | ×3.00 |" in table
+
+
+def test_plain_and_fused_runs_take_turns():
+    runs = training.EXPERIMENTS["time-to-accuracy"]
+    assert ["--fused" in run for run in runs] == 3 * [False, True]
+
+
+def test_seconds_in_steps_follow_from_the_rate():
+    row = {"step": "10", "seconds": "99", "images_per_second": "1500"}
+    assert training._step_seconds(row, 300) == 2.0
