@@ -143,6 +143,7 @@ TABLES |= {
     "conditioners-cpu": (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",)),
     "flows-cpu": (_of_kernels(kernel_tables.flows), ("flows-cpu",)),
     "time-to-accuracy": (time_to_accuracy, ("time-to-accuracy",)),
+    "dispatch-cpu": (_of_kernels(step_tables.dispatch), ("dispatch-cpu",)),
 } | {
     f"{source}-{device}{name}": (_of_kernels(table), (f"{source}-{device}",))
     for device in ("cpu", "cuda")

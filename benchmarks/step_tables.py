@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.kernel_tables import _hardware, _megabytes, _milliseconds, _ratio, _three_digits
 
-__all__ = ["best_eager", "cases", "phases", "stages", "startup", "steps"]
+__all__ = ["best_eager", "cases", "dispatch", "phases", "stages", "startup", "steps"]
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -51,6 +51,21 @@ def steps(results: Results) -> str:
 
 def phases(results: Results) -> str:
     """A row per phase: ms of a step and its share, before and after the kernels."""
+    return (
+        f"{_by_phase(results)}\n\nMeans over the steps after the timed ones, and the share of their sum; "
+        f"eager is the better of contiguous and channels-last. {_hardware(results)}."
+    )
+
+
+def dispatch(results: Results) -> str:
+    """The same of steps of two images: Python and dispatch."""
+    return (
+        f"{_by_phase(results)}\n\nSteps of one labelled and one unlabelled image, which have next to no "
+        f"arithmetic but that of the weights' updates. {_hardware(results)}."
+    )
+
+
+def _by_phase(results: Results) -> str:
     found = {}
     for (data, _), variants in cases(results).items():
         if "fused" in variants:
@@ -62,12 +77,7 @@ def phases(results: Results) -> str:
         cells = (_phase(times.get(name), sum(times.values())) for times in found.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     sums = (f"**{_three_digits(sum(times.values()))}**" for times in found.values())
-    lines.append(f"| **sum** | {' | '.join(sums)} |")
-    lines.append(
-        "\nMeans over the steps after the timed ones, and the share of their sum; eager is the better of "
-        f"contiguous and channels-last. {_hardware(results)}."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"| **sum** | {' | '.join(sums)} |"])
 
 
 def _phase(ms: float | None, total: float) -> str:

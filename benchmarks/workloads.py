@@ -1,6 +1,6 @@
 """The flows of the presets at the sizes that the benchmarks measure, and the work that is in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,22 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """A preset at a batch size, on images of this shape."""
+    """A preset at a batch size, on images of this shape; a step takes `images` labelled and unlabelled
+    ones, or as many as the preset says."""
 
     data: str
     preset: str
     batch: int
     shape: tuple[int, int, int]
+    images: tuple[int, int] | None = None
 
     @property
     def config(self) -> Config:
-        return PRESETS[self.preset]
+        config = PRESETS[self.preset]
+        if self.images is None:
+            return config
+        labelled, unlabelled = self.images
+        return replace(config, batch_labelled=labelled, batch_unlabelled=unlabelled)
 
     def flops(self, task: str) -> int:
         """Of the conditioners, taps outside of the image counted: three times as many with a backward."""

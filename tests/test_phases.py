@@ -1,10 +1,13 @@
 """Phases are counted and timed while a clock runs, and cost nothing to results when none does."""
 
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hybridflow import phases
 from hybridflow.phases import PhaseClock, phase
 
 CPU = torch.device("cpu")
@@ -47,3 +50,26 @@ def test_phases_name_ranges_of_a_torch_profile():
     with torch.profiler.profile() as profile, PhaseClock(CPU), phase("a named part"):
         torch.ones(3).sum()
     assert "a named part" in {event.key for event in profile.key_averages()}
+
+
+def test_phases_are_nvtx_ranges_where_nvtx_is_installed(monkeypatch):
+    opened = []
+
+    @contextmanager
+    def annotate(name: str, domain: str):
+        opened.append((domain, name))
+        yield
+
+    monkeypatch.setattr(phases, "nvtx", SimpleNamespace(annotate=annotate))
+    with phase("flow"):
+        assert opened == [("hybridflow", "flow")]
+    monkeypatch.setattr(phases, "nvtx", None)
+    with phase("flow"):
+        assert len(opened) == 1
+
+
+def test_the_real_nvtx_takes_them():
+    pytest.importorskip("nvtx")
+    assert phases.nvtx is not None
+    with phase("flow"):
+        pass
