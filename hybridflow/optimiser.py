@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from hybridflow.config import OptimiserConfig
 
@@ -25,12 +26,13 @@ class Optimiser:
 
     Attributes:
         average: the averaged weights by their names.
+        lr: the learning rate of the next step, 0-d.
     """
 
     def __init__(
         self, network: nn.Module, lr: float, beta1: float, config: OptimiserConfig
     ) -> None:
-        self._config, self._lr = config, lr
+        self._config, self._lr, self._beta1 = config, lr, beta1
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
         self._orders = [_order(p) for p in self.parameters]
@@ -40,16 +42,9 @@ class Optimiser:
         self._averaged = self.weights.detach().clone()
         self.average = dict(zip(named, self.views(self._averaged), strict=True))
         device = self.weights.device
-        self.adam = torch.optim.Adam(
-            [self.weights],
-            lr=torch.tensor(lr, device=device),
-            betas=(beta1, 0.999),
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        moments = ("exp_avg", "exp_avg_sq")
-        state = {name: torch.zeros_like(self._averaged) for name in moments}
-        self.adam.state[self.weights] = {"step": torch.zeros((), device=device)} | state
+        self.lr = torch.tensor(lr, device=device)
+        self._taken = torch.zeros((), device=device)
+        self._moments = torch.zeros_like(self._averaged), torch.zeros_like(self._averaged)
 
     def vector(self, tensors: Iterable[Tensor]) -> Tensor:
         """The elements of as many tensors as there are parameters, in the order of these in memory."""
@@ -65,11 +60,6 @@ class Optimiser:
             v.as_strided(p.shape, p.stride()) for v, p in zip(parts, self.parameters, strict=True)
         ]
 
-    @property
-    def lr(self) -> Tensor:
-        """The learning rate of the next step, 0-d."""
-        return self.adam.param_groups[0]["lr"]
-
     def gradient(self, loss: Tensor) -> Tensor:
         """Of the loss with respect to these weights alone, as one vector."""
         # What the forward kept in float32 the backward takes in float32 too.
@@ -84,7 +74,25 @@ class Optimiser:
         """One Adam step along the gradient, whose norm is clipped in place."""
         shrink = self._config.clip / (torch.linalg.vector_norm(gradient) + 1e-6)
         self.weights.grad = gradient.mul_(shrink.clamp(max=1))
-        self.adam.step()
+        # The function, since a torch.optim.Adam imports the compiler, which takes longer than all else
+        # before the first step.
+        adam(
+            params=[self.weights],
+            grads=[gradient],
+            exp_avgs=[self._moments[0]],
+            exp_avg_sqs=[self._moments[1]],
+            max_exp_avg_sqs=[],
+            state_steps=[self._taken],
+            fused=True,
+            capturable=gradient.is_cuda,
+            amsgrad=False,
+            beta1=self._beta1,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
         torch.clear_autocast_cache()  # casts of the weights as they were
 
     @torch.no_grad()
@@ -101,7 +109,8 @@ class Optimiser:
 
     def tensors(self) -> dict[str, Tensor]:
         """Adam's live tensors, which a resumed run needs beside weights and averages."""
-        return {"lr": self.lr, **self.adam.state[self.weights]}
+        first, second = self._moments
+        return {"lr": self.lr, "step": self._taken, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _order(parameter: Tensor) -> list[int] | None:
