@@ -128,7 +128,7 @@ def _eager(variants: Mapping[str, Row]) -> Row:
 
 def _megabytes(row: Row | None) -> str:
     peak = None if row is None else row.get("peak_bytes")
-    return "" if peak is None else f"{peak / 1e6:.3g}"
+    return "" if peak is None else _three_digits(peak / 1e6)
 
 
 def _share(row: Row) -> str:

@@ -266,4 +266,4 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
         Line2D([], [], marker=_MARKERS[i % len(_MARKERS)], linestyle="", color="0.4", label=name)
         for i, name in enumerate(names)
     ]
-    axis.legend(handles=handles, fontsize=7, frameon=False, loc="lower left", ncols=2)
+    axis.legend(handles=handles, fontsize=7, frameon=False, loc="lower left", ncols=1)
