@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -136,6 +135,8 @@ def _variants(
 
 def _compiled(step: HybridStep, mode: str) -> tuple[HybridStep, Call]:
     """What the step calls, compiled for its shapes; noise stays that of PyTorch's generator."""
+    import torch._inductor  # imports Triton, which reads its settings then
+
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
     as_asked: dict[str, Any] = {"options": options, "dynamic": False}
     model: Any = step.model

@@ -249,8 +249,10 @@ def test_a_stopped_sweep_saves_its_runs_and_continues(tmp_path: Path, capsys):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     threading.Thread(target=interrupt, daemon=True).start()
     assert swept(*arguments(tmp_path, common=common)) == 130
+    signal.signal(signal.SIGINT, before)
     assert "stopped: 0 of 1 runs are finished" in capsys.readouterr().out
     stopped = checkpoint.load(run.checkpoint)[1]["step"]
     assert stopped > 0 and not run.results.exists()
