@@ -26,6 +26,7 @@ __all__ = [
     "FlowConfig",
     "ObjectiveConfig",
     "OptimiserConfig",
+    "StrongConfig",
     "config_from_json",
     "config_to_json",
     "validated",
@@ -34,7 +35,9 @@ __all__ = [
 DatasetName = Literal[
     "digits", "pinwheel", "two-moons", "mnist", "fashion-mnist", "svhn", "cifar10"
 ]
-Objective = Literal["supervised", "nll", "nll+adversarial", "full", "flowgmm"]
+Objective = Literal[
+    "supervised", "nll", "nll+adversarial", "full", "flowgmm", "flowgmm+consistency", "fm-gan"
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -59,7 +62,7 @@ class DiscriminatorConfig:
     kind: Literal["dense", "conv"] = "dense"
     """Network."""
     widths: tuple[PositiveInt, ...] = (1000, 500, 250, 250, 250)
-    """Dense: hidden layers. Conv: channels of the two blocks."""
+    """Dense: hidden layers. Conv: channels of each block."""
     input_noise: NonNegativeFloat = 0.3
     """Standard deviation of the Gaussian noise added to the input while training."""
     hidden_noise: NonNegativeFloat = 0.5
@@ -85,15 +88,50 @@ class ObjectiveConfig:
     w_nll: NonNegativeFloat = 0.01
     """Flow: negative log-likelihood in nats per dimension."""
     w_joint: NonNegativeFloat = 1.0
-    """Flow, objective flowgmm only: weight of -log p(x,y) and -log p(x) in nats per dimension."""
+    """Flow, objectives flowgmm only: -log p(x,y) and -log p(x), in nats per dimension."""
+    w_joint_con: NonNegativeFloat = 1.0
+    """Flow, objective flowgmm+consistency only: -log p(x'',y) for the class y of another view x'."""
+    w_fm_g: NonNegativeFloat = 1.0
+    """Flow, objective fm-gan only: its samples' mean features should be those of images."""
     w_adv_g: NonNegativeFloat = 0.01
     """Flow: its samples should pass as real and of their class."""
     w_pl_g: NonNegativeFloat = 1.0
     """Flow: agreement with the discriminator on unlabelled images."""
+    w_con_d: NonNegativeFloat = 0.0
+    """Discriminator: strong views of unlabelled images should be of the class it gives the images."""
+    w_con_g: NonNegativeFloat = 0.0
+    """Flow: the same, also with the class that the discriminator gives."""
+    confidence: Fraction = 0.95
+    """Consistency asks this probability of a class, and leaves other images out."""
+    teacher: Literal["current", "averaged"] = "current"
+    """Weights of the discriminator that judge unlabelled images for the flow and for consistency:
+    those in training, with their noise, or the averaged ones, without."""
+    smoothing: Fraction = 0.0
+    """Label smoothing in both supervised terms."""
     beta: Fraction = 0.5
     """Interpolation between two classes' latents; 1 is plain class-conditional sampling."""
     threshold: Fraction | None = None
     """Leave labelled images out of the flow's supervised term once p(y|x) exceeds this."""
+
+
+@dataclass(frozen=True)
+class StrongConfig:
+    """Ranges of the strong views that consistency compares images with; each is drawn from -r to r."""
+
+    rotate: NonNegativeFloat = 30.0
+    """Rotation, in degrees."""
+    zoom: NonNegativeFloat = 0.2
+    """Logarithm of the factors by which width and height change."""
+    shear: NonNegativeFloat = 0.2
+    """Shear."""
+    shift: Fraction = 0.1
+    """Shift, as a share of the image's side."""
+    contrast: Fraction = 0.3
+    """Change of the contrast, as a share of it."""
+    brightness: Fraction = 0.1
+    """Change of the brightness, of a range of 1."""
+    cutout: Fraction = 0.0
+    """Side of the square that is covered, as a share of the image's side."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +167,7 @@ class Config:
     seed: NonNegativeInt = 0
     """Seed of the label split, the initial weights and the training."""
     objective: Objective = "full"
-    """A row of the ablation, or the baseline flowgmm."""
+    """A row of the ablation, or a baseline: flowgmm, with or without consistency, or fm-gan."""
     fused: bool = False
     """Swap in the fused kernels."""
     graphs: bool = True
@@ -167,6 +205,7 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     terms: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    strong: StrongConfig = field(default_factory=StrongConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
 
@@ -206,6 +245,7 @@ def _checked(values: dict[str, Any]) -> Config:
 _IMAGE_CONV = DiscriminatorConfig(kind="conv", widths=(64, 128), input_noise=0.05)
 _COLOUR_OPTIMISER = OptimiserConfig(lr_d=3e-4)
 _SHORT_RUN = ObjectiveConfig(w_nll=1.0, w_pl_g=10.0)
+_TAUGHT = replace(_SHORT_RUN, w_con_d=1.0, w_con_g=1.0, teacher="averaged")
 _DIGITS = Config(
     steps=1500,
     flow=FlowConfig(scales=2, couplings=4, hidden=32, last_hidden=64),
@@ -219,17 +259,22 @@ _TWO_DIMENSIONAL = replace(
     discriminator=DiscriminatorConfig(widths=(128, 128), input_noise=0.05, hidden_noise=0.0),
 )
 _MNIST = Config(dataset="mnist", validation=5000, steps=330_000, eval_every=1000)
-_MNIST_SMALL = replace(
+_MNIST_BEST = replace(
     _MNIST,
-    steps=2700,
-    eval_every=250,
-    batch_labelled=50,
-    batch_unlabelled=100,
+    steps=100_000,
     shift=2,
-    flow=FlowConfig(couplings=4, hidden=32, last_hidden=64),
-    discriminator=replace(_IMAGE_CONV, widths=(16, 32)),
+    discriminator=replace(_IMAGE_CONV, block_dropout=0.2, input_dropout=0.0),
     optimiser=OptimiserConfig(lr_d=2e-3, beta1_d=0.9),
-    terms=_SHORT_RUN,
+    terms=_TAUGHT,
+)
+_MNIST_SMALL = replace(
+    _MNIST_BEST,
+    steps=6500,
+    eval_every=500,
+    batch_labelled=30,
+    batch_unlabelled=100,
+    flow=FlowConfig(couplings=4, hidden=32, last_hidden=64),
+    discriminator=replace(_MNIST_BEST.discriminator, widths=(8, 16, 32)),
 )
 _CIFAR10 = Config(
     dataset="cifar10",
@@ -241,24 +286,44 @@ _CIFAR10 = Config(
     discriminator=replace(_IMAGE_CONV, widths=(96, 192)),
     optimiser=_COLOUR_OPTIMISER,
 )
+_SVHN = replace(
+    _CIFAR10,
+    dataset="svhn",
+    labels=1000,
+    steps=410_400,
+    flow=FlowConfig(couplings=8, hidden=512, last_hidden=512),
+    discriminator=_IMAGE_CONV,
+)
+_SVHN_BEST, _CIFAR10_BEST = (
+    replace(
+        config,
+        shift=4,
+        terms=replace(_TAUGHT, w_sup_g=0.1),
+        strong=StrongConfig(rotate=15.0, cutout=0.5),
+    )
+    for config in (_SVHN, _CIFAR10)
+)
 
 PRESETS: dict[str, Config] = {
     "digits": _DIGITS,
+    "digits-best": replace(
+        _DIGITS,
+        shift=1,
+        terms=_TAUGHT,
+        strong=StrongConfig(rotate=15.0, zoom=0.1, shear=0.1, shift=0.06),
+    ),
     "pinwheel": replace(_TWO_DIMENSIONAL, dataset="pinwheel"),
     "two-moons": replace(_TWO_DIMENSIONAL, dataset="two-moons"),
     "mnist": _MNIST,
+    "mnist-best": _MNIST_BEST,
     "mnist-small": _MNIST_SMALL,
     "fashion-mnist": replace(_MNIST, dataset="fashion-mnist", labels=1000),
-    "fashion-mnist-small": replace(_MNIST_SMALL, dataset="fashion-mnist", labels=1000),
-    "svhn": replace(
-        _CIFAR10,
-        dataset="svhn",
-        labels=1000,
-        steps=410_400,
-        flow=FlowConfig(couplings=8, hidden=512, last_hidden=512),
-        discriminator=_IMAGE_CONV,
-    ),
+    "fashion-mnist-best": replace(_MNIST_BEST, dataset="fashion-mnist", labels=1000, mirror=True),
+    "fashion-mnist-small": replace(_MNIST_SMALL, dataset="fashion-mnist", labels=1000, mirror=True),
+    "svhn": _SVHN,
+    "svhn-best": _SVHN_BEST,
     "cifar10": _CIFAR10,
+    "cifar10-best": replace(_CIFAR10_BEST, mirror=True),
     "cifar10-small": replace(
         _CIFAR10,
         steps=300,
@@ -273,7 +338,8 @@ PRESETS: dict[str, Config] = {
 }
 """Presets by name.
 
-mnist, svhn and cifar10 carry Tables A.1–A.3, the weights of Appendix B and the 1200 epochs of the
-thesis. Those for the small data sets, and those ending in -small, are ours: runs of thousands of
-steps, on a CPU, which learn a density only if it weighs more.
+One named after a data set carries, for mnist, svhn and cifar10, Tables A.1–A.3, the weights of Appendix B and
+the 1200 epochs of the thesis. Those for small data sets, and all others, are ours: -best adds augmentation
+and consistency, with labels from the discriminator's averaged weights; -small is for CPUs, runs of
+thousands of steps, which learn a density only if it weighs more.
 """

@@ -40,6 +40,10 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(self.scale_input(x)).float()
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer is given: (B, d)."""
+        return self.layers[:-1](self.scale_input(x)).float()
+
     def scale_input(self, x: Tensor) -> Tensor:
         """From values in [0, 1] to what the first layer expects."""
         return x
@@ -89,14 +93,14 @@ class DenseDiscriminator(Discriminator):
 class ConvDiscriminator(Discriminator):
     """Nine weight-normed convolutions, as in the Improved-GAN and Bad-GAN recipes for SVHN and CIFAR-10.
 
-    Two blocks of three 3x3 convolutions, the third with stride 2; a 3x3 convolution without padding, two
+    Blocks of three 3x3 convolutions, the third with stride 2; a 3x3 convolution without padding, two
     1x1 convolutions, global average pooling, a dense layer. Leaky ReLU of slope 0.2. The weight norm's
     gain is frozen but for the last layer.
 
     Args:
-        channels: C of the input, at least 16x16 pixels large.
+        channels: C of the input, with sides of at least 2·2ⁿ + 1 pixels, of n blocks.
         classes: K.
-        widths: channels of the two blocks.
+        widths: channels of each block, two blocks in the recipes.
         input_noise: standard deviation of the noise while training.
         input_dropout, block_dropout: dropout of the input and after each block.
     """
@@ -110,8 +114,8 @@ class ConvDiscriminator(Discriminator):
         input_dropout: float = 0.2,
         block_dropout: float = 0.5,
     ) -> None:
-        if len(widths) != 2:
-            raise ValueError(f"widths: got {widths}, want the channels of the two blocks")
+        if not widths:
+            raise ValueError("widths: got none, want the channels of each block")
         layers: list[nn.Module] = [_Noise(input_noise), nn.Dropout(input_dropout)]
         for width in widths:
             layers += _conv(channels, width) + _conv(width, width) + _conv(width, width, stride=2)

@@ -38,14 +38,13 @@ def build_discriminator(
         return DenseDiscriminator(
             shape.numel(), classes, config.widths, config.input_noise, config.hidden_noise
         )
-    if len(shape) != 3 or min(shape[1:]) < 12:
+    if not config.widths:
+        raise InputError("discriminator.widths: got none, want the channels of each block")
+    side = 2 * 2 ** len(config.widths) + 1
+    if len(shape) != 3 or min(shape[1:]) < side:
         raise InputError(
-            f"discriminator.kind: got conv for data of shape {tuple(shape)}, "
-            "want dense, or images of at least 12x12 pixels"
-        )
-    if len(config.widths) != 2:
-        raise InputError(
-            f"discriminator.widths: got {config.widths}, want the channels of the two blocks"
+            f"discriminator.kind: got conv with {len(config.widths)} blocks for data of shape "
+            f"{tuple(shape)}, want dense, or images of at least {side}x{side} pixels"
         )
     return ConvDiscriminator(
         shape[0],

@@ -5,6 +5,7 @@ log p(x, k) or any (B, K) whose softmax is p(k | x). Every term is a mean over i
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ __all__ = [
     "adversarial_d",
     "adversarial_g",
     "boundary_sample",
+    "consistency",
+    "feature_matching",
     "joint_nll",
     "nll",
     "pseudo_label",
@@ -24,30 +27,40 @@ __all__ = [
     "terms_of",
 ]
 
+_SUPERVISED = ("w_sup_d", "w_sup_g")
+_ADVERSARIAL = (*_SUPERVISED, "w_nll", "w_adv_d", "w_adv_g")
+_FLOWGMM = ("w_sup_d", "w_joint")
 _USED: dict[Objective, tuple[str, ...]] = {
-    "supervised": ("w_sup_d", "w_sup_g"),
-    "nll": ("w_sup_d", "w_sup_g", "w_nll"),
-    "nll+adversarial": ("w_sup_d", "w_sup_g", "w_nll", "w_adv_d", "w_adv_g"),
-    "full": ("w_sup_d", "w_sup_g", "w_nll", "w_adv_d", "w_adv_g", "w_pl_d", "w_pl_g"),
-    "flowgmm": ("w_sup_d", "w_joint"),
+    "supervised": _SUPERVISED,
+    "nll": (*_SUPERVISED, "w_nll"),
+    "nll+adversarial": _ADVERSARIAL,
+    "full": (*_ADVERSARIAL, "w_pl_d", "w_pl_g", "w_con_d", "w_con_g"),
+    "flowgmm": _FLOWGMM,
+    "flowgmm+consistency": (*_FLOWGMM, "w_joint_con"),
+    "fm-gan": ("w_sup_d", "w_adv_d", "w_fm_g"),
 }
 
 
 def terms_of(objective: Objective, terms: ObjectiveConfig) -> ObjectiveConfig:
-    """The weights with those an objective leaves out set to 0."""
+    """The weights with those an objective leaves out set to 0; fm-gan draws plain samples (β = 1)."""
     unused = {name for name in vars(terms) if name.startswith("w_")} - set(_USED[objective])
-    return replace(terms, **dict.fromkeys(unused, 0.0))
+    weights: dict[str, Any] = dict.fromkeys(unused, 0.0)
+    return replace(terms, **weights, beta=1.0 if objective == "fm-gan" else terms.beta)
 
 
-def supervised(logits: Tensor, labels: Tensor, threshold: float | None = None) -> Tensor:
+def supervised(
+    logits: Tensor, labels: Tensor, threshold: float | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy -log p(y | x) of logits (B, K) and labels (B,).
 
     For the flow this is the supervised likelihood: not -log p(x, y), which pulls the means together.
-    With a threshold, images with p(y | x) above it count as 0.
+    With a threshold, images with p(y | x) above it count as 0. With smoothing ε the label is 1 - ε of
+    its class and ε / K of each (Szegedy et al., CVPR 2016).
     """
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     if threshold is not None:
-        losses = losses * (losses.exp().reciprocal() <= threshold)
+        p = logits.detach().softmax(1).gather(1, labels[:, None]).squeeze(1)
+        losses = losses * (p <= threshold)
     return losses.mean()
 
 
@@ -75,6 +88,28 @@ def adversarial_g(generated: Tensor, soft_labels: Tensor) -> Tensor:
 def pseudo_label(logits: Tensor, target: Tensor) -> Tensor:
     """(1/K) Σ_k (p(k | x) - target_k)², the target (B, K) being the other network's probabilities."""
     return F.mse_loss(logits.softmax(1), target.detach())
+
+
+def consistency(logits: Tensor, target: Tensor, confidence: float) -> Tensor:
+    """-log p(y | strong view), y = argmax_k target_k, where target_y is the confidence or more, else 0.
+
+    Args:
+        logits: of strong views, (B, K).
+        target: probabilities of the same images, (B, K).
+        confidence: the least probability of a class to go by.
+
+    Source: Sohn et al., *FixMatch*, NeurIPS 2020.
+    """
+    p, labels = target.detach().max(1)
+    return (F.cross_entropy(logits, labels, reduction="none") * (p >= confidence)).mean()
+
+
+def feature_matching(generated: Tensor, real: Tensor) -> Tensor:
+    """Mean over features of (mean f(x') - mean f(x))², features (B, d) of generated and real images.
+
+    Source: Salimans et al., *Improved techniques for training GANs*, NeurIPS 2016.
+    """
+    return F.mse_loss(generated.mean(0), real.detach().mean(0))
 
 
 def boundary_sample(prior: GaussianMixture, count: int, beta: float) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ device's default generator, the step count and every schedule in device tensors.
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from hybridflow.config import ObjectiveConfig, OptimiserConfig
-from hybridflow.data import Batches
+from hybridflow.config import ObjectiveConfig, OptimiserConfig, StrongConfig
+from hybridflow.data import Batches, strong_view
 from hybridflow.discriminator import Discriminator
 from hybridflow.errors import InputError
 from hybridflow.flow import MixtureFlow, dequantise
@@ -16,6 +17,8 @@ from hybridflow.objective import (
     adversarial_d,
     adversarial_g,
     boundary_sample,
+    consistency,
+    feature_matching,
     joint_nll,
     nll,
     pseudo_label,
@@ -25,6 +28,8 @@ from hybridflow.optimiser import Optimiser
 from hybridflow.phases import phase
 
 __all__ = ["HybridStep"]
+
+_STRONG = StrongConfig()
 
 
 class HybridStep:
@@ -38,6 +43,7 @@ class HybridStep:
         terms: weights; a term of weight 0 is not computed, but for `sup_d`, which is always shown.
         optimiser: Adam, clipping, schedule and averaging.
         total_steps: length of the schedule.
+        strong: ranges of the strong views, of images, that consistency asks for.
         autocast: whether the networks run in bfloat16.
     """
 
@@ -52,11 +58,12 @@ class HybridStep:
         terms: ObjectiveConfig,
         optimiser: OptimiserConfig,
         total_steps: int,
+        strong: StrongConfig = _STRONG,
         autocast: bool = False,
     ) -> None:
         self.model, self.discriminator = model, discriminator
         self.labelled, self.unlabelled = labelled, unlabelled
-        self.levels, self.terms = levels, terms
+        self.levels, self.terms, self.strong = levels, terms, strong
         self.dims = sum(model.flow.latent_sizes)
         self.device = model.prior.means.device
         self.autocast = autocast
@@ -76,27 +83,42 @@ class HybridStep:
             x_l, y = self.labelled.next()
             x_u, _ = self.unlabelled.next()
             assert y is not None
+            images = [x_l, x_u]
+            if w.w_con_d or w.w_con_g:
+                assert self.levels is not None
+                images.append(strong_view(x_u, self.strong, self.levels))
+            elif w.w_joint_con:
+                images.append(self.unlabelled.another_view())
+            x = dequantise(torch.cat(images), self.levels)
             sizes = [len(x_l), len(x_u)]
-            x = dequantise(torch.cat((x_l, x_u)), self.levels)
+            x, view = x[: sum(sizes)], x[sum(sizes) :]
 
         with phase("flow"):
-            joint = self.model.joint_log_prob(x)
+            both = w.w_con_g or w.w_joint_con
+            joint = self.model.joint_log_prob(torch.cat((x, view)) if both else x)
+            joint, joint_view = joint[: len(x)], joint[len(x) :]
             joint_l, joint_u = joint.split(sizes)
-        if w.w_adv_d or w.w_adv_g:
+        seen = [x]
+        if w.w_adv_d or w.w_adv_g or w.w_fm_g:
             with phase("sampling"):
                 z_k, soft_labels = boundary_sample(self.model.prior, len(x_u), w.beta)
                 z_n = torch.randn(len(x_u), self.model.flow.latent_sizes[1], device=self.device)
                 generated = self.model.inverse(z_k, z_n)
-                sizes.append(len(generated))
-                x = torch.cat((x, generated.detach()))
+                seen.append(generated.detach())
+        if w.w_con_d:
+            seen.append(view)
 
         with phase("discriminator"):
-            l_l, l_u, *l_generated = self.discriminator(x).split(sizes)
-            terms_d = {"sup_d": supervised(l_l, y)}
+            logits, *others = self.discriminator(torch.cat(seen)).split([len(s) for s in seen])
+            l_l, l_u = logits.split(sizes)
+            judged = self._judged(x[len(x_l) :], l_u)
+            terms_d = {"sup_d": supervised(l_l, y, smoothing=w.smoothing)}
             if w.w_adv_d:
-                terms_d["adv_d"] = adversarial_d(l_u, *l_generated)
+                terms_d["adv_d"] = adversarial_d(l_u, others[0])
             if w.w_pl_d:
                 terms_d["pl_d"] = pseudo_label(l_u, joint_u.softmax(1))
+            if w.w_con_d:
+                terms_d["con_d"] = consistency(others[-1], judged, w.confidence)
             loss_d = self._weighted(terms_d)
         with phase("backward of the discriminator"):
             gradient = self.optimiser_d.gradient(loss_d)
@@ -106,15 +128,22 @@ class HybridStep:
         with phase("objective of the flow"):
             terms_g = {}
             if w.w_sup_g:
-                terms_g["sup_g"] = supervised(joint_l, y, w.threshold)
+                terms_g["sup_g"] = supervised(joint_l, y, w.threshold, w.smoothing)
             if w.w_nll:
                 terms_g["nll"] = nll(joint, self.dims)
             if w.w_joint:
                 terms_g["joint"] = joint_nll(joint_l, y, self.dims) + nll(joint_u, self.dims)
+            if w.w_joint_con:
+                terms_g["joint_con"] = joint_nll(joint_view, joint_u.argmax(1), self.dims)
             if w.w_adv_g:
                 terms_g["adv_g"] = adversarial_g(self.discriminator(generated), soft_labels)
+            if w.w_fm_g:
+                features = self.discriminator.features(torch.cat((generated, x[len(x_l) :])))
+                terms_g["fm_g"] = feature_matching(*features.split(len(generated)))
             if w.w_pl_g:
-                terms_g["pl_g"] = pseudo_label(joint_u, l_u.softmax(1))
+                terms_g["pl_g"] = pseudo_label(joint_u, judged)
+            if w.w_con_g:
+                terms_g["con_g"] = consistency(joint_view, judged, w.confidence)
             loss_g = self._weighted(terms_g)
         with phase("backward of the flow"):
             gradient = self.optimiser_g.gradient(loss_g)
@@ -126,6 +155,16 @@ class HybridStep:
 
         terms = {"loss_d": loss_d, **terms_d, "loss_g": loss_g, **terms_g}
         return {name: value.detach() for name, value in terms.items()}
+
+    @torch.no_grad()
+    def _judged(self, x: Tensor, logits: Tensor) -> Tensor:
+        """p(k | x, real) of unlabelled images for the terms that go by it; `logits` are the current ones."""
+        w = self.terms
+        if w.teacher == "averaged" and (w.w_con_d or w.w_con_g or w.w_pl_g):
+            self.discriminator.eval()
+            logits = functional_call(self.discriminator, self.optimiser_d.average, (x,))
+            self.discriminator.train()
+        return logits.softmax(1)
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return torch.stack(

@@ -106,13 +106,20 @@ class Trainer:
         self.total_steps = config.steps
         if config.epochs is not None:
             self.total_steps = max(1, round(config.epochs * self.unlabelled.steps_per_epoch))
+        terms = terms_of(config.objective, config.terms)
+        if (terms.w_con_d or terms.w_con_g) and (dataset.train_x.dim() != 4 or not dataset.levels):
+            raise InputError(
+                f"terms.w_con_d, terms.w_con_g: got {terms.w_con_d}, {terms.w_con_g} for "
+                f"{config.dataset}; only images have strong views"
+            )
         self.step = HybridStep(
             self.model,
             self.discriminator,
             self.labelled,
             self.unlabelled,
             levels=dataset.levels,
-            terms=terms_of(config.objective, config.terms),
+            terms=terms,
+            strong=config.strong,
             optimiser=config.optimiser,
             total_steps=self.total_steps,
             autocast=config.precision == "bf16",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybridflow.capture import CapturedStep, trace
-from hybridflow.config import FlowConfig, ObjectiveConfig, OptimiserConfig
+from hybridflow.config import FlowConfig, ObjectiveConfig, OptimiserConfig, StrongConfig
 from hybridflow.data import Batches
 from hybridflow.discriminator import ConvDiscriminator
 from hybridflow.errors import InputError
@@ -29,9 +29,10 @@ def test_a_step_on_augmented_colour_images_can_be_captured():
         Batches(x[:20], y[:20], 4, **augmented),
         Batches(x[20:], None, 6, **augmented),
         levels=256,
-        terms=terms_of("full", ObjectiveConfig()),
+        terms=terms_of("full", ObjectiveConfig(w_con_d=1.0, w_con_g=1.0, teacher="averaged")),
         optimiser=OptimiserConfig(),
         total_steps=10,
+        strong=StrongConfig(cutout=0.5),
         autocast=True,
     )
     step()

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from hybridflow.config import DiscriminatorConfig
 from hybridflow.discriminator import ConvDiscriminator, DenseDiscriminator
+from hybridflow.errors import InputError
+from hybridflow.networks import build_discriminator
 
 
 def networks():
@@ -56,6 +59,23 @@ def test_dense_of_the_thesis_has_its_layers():
     assert sizes == [1000, 500, 250, 250, 250, 10]
 
 
-def test_wrong_widths_are_refused():
-    with pytest.raises(ValueError, match="widths: got"):
-        ConvDiscriminator(3, 10, (8, 16, 32))
+def test_no_widths_are_refused():
+    with pytest.raises(ValueError, match="widths: got none"):
+        ConvDiscriminator(3, 10, ())
+
+
+@pytest.mark.parametrize(("widths", "side"), [((4,), 5), ((4, 4), 9), ((4, 4, 4), 17)])
+def test_conv_blocks_fit_the_smallest_image_and_nothing_smaller(widths, side: int):
+    config = DiscriminatorConfig(kind="conv", widths=widths)
+    network = build_discriminator(config, torch.Size((2, side, side)), 3)
+    assert network(torch.rand(1, 2, side, side)).shape == (1, 3)
+    with pytest.raises(InputError, match=f"want dense, or images of at least {side}x{side}"):
+        build_discriminator(config, torch.Size((2, side, side - 1)), 3)
+
+
+def test_features_are_what_the_last_layer_is_given():
+    for network in DenseDiscriminator(64, 3, (8, 6)), ConvDiscriminator(1, 3, (4, 6)):
+        x = torch.rand(5, 1, 16, 4 if isinstance(network, DenseDiscriminator) else 16)
+        features = network.eval().features(x)
+        assert features.shape == (5, 6)
+        assert torch.allclose(network.layers[-1](features), network(x))

@@ -12,6 +12,8 @@ from hybridflow.objective import (
     adversarial_d,
     adversarial_g,
     boundary_sample,
+    consistency,
+    feature_matching,
     joint_nll,
     nll,
     pseudo_label,
@@ -40,6 +42,42 @@ def test_threshold_leaves_out_the_confident():
     unsure = supervised(logits[1:], labels[1:])
     assert torch.allclose(supervised(logits, labels, threshold=0.95), unsure / 2)
     assert torch.allclose(supervised(logits, labels, threshold=1.0), supervised(logits, labels))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_smoothing_mixes_the_label_with_all_classes(threshold):
+    log_p = LOGITS.log_softmax(1)
+    target = 0.8 * torch.eye(4, dtype=torch.float64)[LABELS] + 0.2 / 4
+    losses = -(target * log_p).sum(1)
+    if threshold:  # of the class, not of the smoothed label
+        losses = losses * (log_p.exp()[range(6), LABELS] <= threshold)
+    assert torch.allclose(supervised(LOGITS, LABELS, threshold, smoothing=0.2), losses.mean())
+
+
+def test_consistency_goes_by_confident_classes_alone_and_by_all_at_zero():
+    target = torch.tensor(
+        [[0.9, 0.1, 0, 0], [0.4, 0.6, 0, 0], [0.0, 0, 0.96, 0.04]], dtype=torch.float64
+    )
+    losses = -LOGITS[:3].log_softmax(1)[range(3), [0, 1, 2]]
+    assert torch.allclose(consistency(LOGITS[:3], target, 0.0), losses.mean())
+    assert torch.allclose(consistency(LOGITS[:3], target, 0.9), (losses[0] + losses[2]) / 3)
+    assert consistency(LOGITS[:3], target, 0.97) == 0
+
+
+def test_consistency_takes_the_target_as_fixed():
+    target = LOGITS.softmax(1).requires_grad_()
+    logits = LOGITS.flip(0).requires_grad_()
+    consistency(logits, target, 0.3).backward()
+    assert target.grad is None and logits.grad.abs().sum() > 0
+
+
+def test_feature_matching_compares_means_and_moves_the_generated_alone():
+    generated = LOGITS.clone().requires_grad_()
+    real = (LOGITS.flip(0) + torch.arange(4.0)).requires_grad_()
+    loss = feature_matching(generated, real)
+    assert torch.allclose(loss, torch.tensor(14.0).double() / 4)
+    loss.backward()
+    assert real.grad is None and generated.grad.abs().sum() > 0
 
 
 def test_nll_is_the_marginal_per_dimension():
@@ -108,12 +146,17 @@ def test_boundary_sample_gradients_reach_the_means_through_both():
         ("nll", {"w_sup_d", "w_sup_g", "w_nll"}),
         ("nll+adversarial", {"w_sup_d", "w_sup_g", "w_nll", "w_adv_d", "w_adv_g"}),
         ("flowgmm", {"w_sup_d", "w_joint"}),
+        ("flowgmm+consistency", {"w_sup_d", "w_joint", "w_joint_con"}),
     ],
 )
 def test_each_ablation_row_keeps_its_terms(objective, kept):
     terms = terms_of(objective, ObjectiveConfig(beta=0.3))
     assert {n for n, v in vars(terms).items() if n.startswith("w_") and v} == kept
     assert terms.beta == 0.3
+
+
+def test_feature_matching_draws_plain_samples():
+    assert terms_of("fm-gan", ObjectiveConfig(beta=0.3)).beta == 1
 
 
 def test_terms_have_gradients():
@@ -123,6 +166,9 @@ def test_terms_have_gradients():
         lambda x: adversarial_d(x, x.flip(0)),
         lambda x: adversarial_g(x, soft),
         lambda x: supervised(x, LABELS),
+        lambda x: supervised(x, LABELS, smoothing=0.1),
         lambda x: nll(x, 3) + joint_nll(x, LABELS, 3),
+        lambda x: consistency(x, soft.detach(), 0.3),
+        lambda x: feature_matching(x, LOGITS.flip(0) + 1),
     ):
         assert gradcheck(term, (real,))

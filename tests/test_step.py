@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from hybridflow.capture import trace
-from hybridflow.config import FlowConfig, ObjectiveConfig, OptimiserConfig
+from hybridflow.config import FlowConfig, Objective, ObjectiveConfig, OptimiserConfig
 from hybridflow.data import Batches
 from hybridflow.discriminator import DenseDiscriminator
 from hybridflow.errors import InputError
@@ -47,10 +48,13 @@ def same(a, b) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("objective", ["full", "nll+adversarial", "nll", "supervised", "flowgmm"])
+TAUGHT = {"w_con_d": 1.0, "w_con_g": 0.5, "teacher": "averaged", "confidence": 0.2}
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_reads_nothing_on_the_host_and_is_the_same_each_time(objective: str, fused: bool):
-    step = make_step(objective, threshold=0.9)
+    step = make_step(objective, threshold=0.9, **TAUGHT)
     if fused:
         fuse(step.model)
     step()
@@ -68,6 +72,8 @@ def test_a_step_reads_nothing_on_the_host_and_is_the_same_each_time(objective: s
         ("nll+adversarial", {"sup_d", "sup_g", "nll", "adv_d", "adv_g"}),
         ("full", {"sup_d", "sup_g", "nll", "adv_d", "adv_g", "pl_d", "pl_g"}),
         ("flowgmm", {"sup_d", "joint"}),
+        ("flowgmm+consistency", {"sup_d", "joint", "joint_con"}),
+        ("fm-gan", {"sup_d", "adv_d", "fm_g"}),
     ],
 )
 def test_each_objective_computes_its_terms_and_trains_both_networks(objective, names):
@@ -78,6 +84,34 @@ def test_each_objective_computes_its_terms_and_trains_both_networks(objective, n
     assert all(value.isfinite() and value.shape == () for value in terms.values())
     assert not same(model, step.model.state_dict())
     assert not same(discriminator, step.discriminator.state_dict())
+
+
+@pytest.mark.parametrize("names", [{"con_d"}, {"con_g"}, {"con_d", "con_g"}])
+@pytest.mark.parametrize("teacher", ["current", "averaged"])
+def test_consistency_is_a_term_of_each_network_that_weighs_it(names, teacher):
+    on = {f"w_{name}": 0.5 for name in names}
+    terms = make_step(**on, teacher=teacher, confidence=0.0)()
+    assert set(terms) - set(make_step()()) == names
+    assert all(terms[name] > 0 for name in names)
+
+
+def test_no_image_is_confident_enough_for_a_probability_of_one():
+    terms = make_step(**TAUGHT | {"confidence": 1.0})()
+    assert terms["con_d"] == terms["con_g"] == 0
+
+
+def test_the_averaged_teacher_has_no_noise_and_leaves_the_discriminator_in_training():
+    step = make_step(**TAUGHT)
+    step.discriminator.initialise(torch.rand(50, 64))
+    step.start_averages()
+    x, logits = torch.rand(20, *SHAPE), torch.zeros(20, 3)
+    judged = step._judged(x, logits)
+    assert torch.equal(judged, step._judged(x, logits)) and step.discriminator.training
+    assert torch.allclose(judged, step.discriminator.eval()(x).softmax(1))
+    step.discriminator.train()
+    step()
+    moved = step.discriminator.eval()(x).softmax(1)
+    assert not torch.allclose(step._judged(x, logits), moved)
 
 
 def test_losses_are_the_weighted_sums_of_their_terms():

@@ -291,6 +291,8 @@ class TestRefusals:
             (["--terms.beta", "1.5"], r"terms\.beta: got 1\.5"),
             (["--flow.scales", "4"], r"flow\.scales: .*8x8"),
             (["--discriminator.kind", "conv"], r"discriminator\.kind: got conv"),
+            (["--dataset", "two-moons", "--terms.w-con-g", "1"], r"terms\.w_con.*only images"),
+            (["--strong.cutout", "2"], r"strong\.cutout: got 2"),
             (["--dataset", "mnist", "--data-dir", "/nowhere"], "train-images-idx3-ubyte.gz"),
         ],
     )

@@ -4,6 +4,7 @@ from hybridflow.data.batches import Batches, iterate
 from hybridflow.data.readers import read_cifar_bin, read_idx, read_svhn_mat
 from hybridflow.data.sources import DATASETS, Dataset, load_dataset
 from hybridflow.data.splits import Split, load_split, make_split, save_split
+from hybridflow.data.strong import strong_view
 
 __all__ = [
     "DATASETS",
@@ -18,4 +19,5 @@ __all__ = [
     "read_idx",
     "read_svhn_mat",
     "save_split",
+    "strong_view",
 ]

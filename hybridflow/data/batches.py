@@ -80,15 +80,20 @@ class Batches:
         self._offsets = torch.arange(batch_size, device=device)
         self._order = torch.arange(len(x), device=device)
         self._cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self._index = torch.zeros_like(self._offsets)
         self.steps_per_epoch = -(-len(x) // batch_size)
         self.shuffle()
 
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch: items (B, …) of the type of x, and labels (B,) or None."""
-        index = self._order[(self._cursor + self._offsets) % len(self._order)]
+        self._index.copy_(self._order[(self._cursor + self._offsets) % len(self._order)])
         self._cursor.add_(len(self._offsets)).remainder_(len(self._order))
-        x = self._augmented(index) if self._shift or self._flip else self._x[index]
-        return x, None if self._y is None else self._y[index]
+        return self.another_view(), None if self._y is None else self._y[self._index]
+
+    def another_view(self) -> Tensor:
+        """The items of the last batch once more, augmented anew."""
+        index = self._index
+        return self._augmented(index) if self._shift or self._flip else self._x[index]
 
     def _augmented(self, index: Tensor) -> Tensor:
         """The images `index` (B,), each cropped at its own place and mirrored or not."""
