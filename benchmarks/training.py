@@ -19,10 +19,34 @@ from hybridflow.launch import Job, launch, threads_per_run
 from hybridflow.run import RunFolder
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("full", "supervised", "nll", "nll+adversarial", "flowgmm")
+SEEDS = [str(seed) for seed in range(5)]
+ROWS = (
+    *("full", "supervised", "nll", "nll+adversarial"),
+    *("flowgmm", "flowgmm+consistency", "fm-gan"),
+)
+BEST: dict[str, list[str]] = {
+    "best": [],
+    "flow: no consistency": ["--terms.w-con-g", "0"],
+    "discriminator: no consistency": ["--terms.w-con-d", "0"],
+    "teacher: the current weights": ["--terms.teacher", "current"],
+    "no shifts": ["--shift", "0"],
+}
+_BEST = ["--fused", "--preset", "digits-best"]
 EXPERIMENTS: dict[str, list[list[str]]] = {
     "digits-ablation": [
-        ["--fused", "--objective", row, "--seed", str(seed)] for row in ROWS for seed in range(5)
+        ["--fused", "--objective", row, "--seed", seed] for row in ROWS for seed in SEEDS
+    ],
+    "digits-best": [[*_BEST, "--seed", seed] for seed in SEEDS]
+    + [[*_BEST, "--labels", "50", *row, "--seed", seed] for row in BEST.values() for seed in SEEDS],
+    "digits-beta": [
+        ["--fused", "--terms.beta", beta, "--seed", seed]
+        for beta in ("0.5", "0.625", "0.75", "0.875", "1")
+        for seed in SEEDS[:3]
+    ],
+    "digits-nll": [
+        ["--fused", "--terms.w-nll", weight, "--seed", seed]
+        for weight in ("0", "0.01", "0.1", "1", "10")
+        for seed in SEEDS[:3]
     ],
     "mnist-small": [["--fused", "--preset", "mnist-small", "--minutes", "20"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
