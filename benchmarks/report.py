@@ -8,115 +8,16 @@ is written, and the exit status says whether tables and pictures are up to date.
 import argparse
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks import kernel_tables, pictures, step_tables
+from benchmarks import kernel_tables, pictures, run_tables, step_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = {"flow": 0.90, "discriminator": 0.95}
-ROW_NAMES = {
-    "supervised": "supervised only",
-    "nll": "+ likelihood",
-    "nll+adversarial": "+ likelihood, adversarial",
-    "full": "full: + pseudo-labels",
-    "flowgmm": "FlowGMM (baseline)",
-}
-
-
-def digits_ablation(records: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds, a row per objective."""
-    lines = [
-        "| objective | flow, % | discriminator, % | bits/dim |",
-        "|---|---|---|---|",
-    ]
-    for row, name in ROW_NAMES.items():
-        runs = [r["results"] for r in records if r["results"]["objective"] == row]
-        if not runs:
-            continue
-        flow = _spread([100 * r["flow_accuracy"] for r in runs], 1)
-        discriminator = _spread([100 * r["discriminator_accuracy"] for r in runs], 1)
-        bits = _spread([r["bits_per_dim"] for r in runs], 2)
-        lines.append(f"| {name} | {flow} | {discriminator} | {bits} |")
-    seeds = len({r["results"]["seed"] for r in records})
-    minutes = mean(r["results"]["seconds"] for r in records) / 60
-    lines.append(
-        f"\nTest accuracy at the last step, mean ± standard deviation over {seeds} seeds; "
-        f"{minutes:.1f} minutes a run. {_hardware(records)}."
-    )
-    return "\n".join(lines)
-
-
-def small_runs(records: list[dict[str, Any]]) -> str:
-    """A row per run of the -small presets."""
-    lines = [
-        "| data, labels | steps | minutes | flow, % | discriminator, % | bits/dim | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        r = record["results"]
-        lines.append(
-            f"| {r['dataset']}, {r['labels']} | {r['steps']} | {r['seconds'] / 60:.1f} "
-            f"| {100 * r['flow_accuracy']:.1f} | {100 * r['discriminator_accuracy']:.1f} "
-            f"| {r['bits_per_dim']:.2f} | {r['images_per_second']:.0f} |"
-        )
-    lines.append(f"\nTest accuracy at the last step, one seed. {_hardware(records)}.")
-    return "\n".join(lines)
-
-
-def time_to_accuracy(records: list[dict[str, Any]]) -> str:
-    """Seconds until the validation accuracies first reach their marks, plain and fused."""
-    heads = {f"{head} ≥ {100 * least:.0f} %": (head, least) for head, least in MARKS.items()}
-    lines = [
-        f"| | {' | '.join(f'{name}, s' for name in heads)} | images/s |",
-        f"|---|{'---:|' * (1 + len(heads))}",
-    ]
-    medians: dict[str, list[float]] = {}
-    for name, fused in (("PyTorch", False), ("fused", True)):
-        runs = [r for r in records if r["results"]["fused"] is fused]
-        if not runs:
-            continue
-        reached = [[_seconds_to(r, *mark) for r in runs] for mark in heads.values()]
-        rate = median(r["results"]["images_per_second"] for r in runs)
-        medians[name] = [*map(_median, reached), rate]
-        cells = [_reached(seconds) for seconds in reached]
-        lines.append(f"| {name} | {' | '.join(cells)} | {rate:.0f} |")
-    if len(medians) == 2:
-        *seconds, rate = zip(*medians.values(), strict=True)
-        ratios = [*(plain / fused for plain, fused in seconds), rate[1] / rate[0]]
-        cells = ["–" if math.isnan(ratio) else f"×{ratio:.2f}" for ratio in ratios]
-        lines.append(f"| faster | {' | '.join(cells)} |")
-    seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
-    lines.append(
-        f"\n{results['dataset']}, {results['labels']} labels: seconds spent in training steps until "
-        f"the validation accuracy of each head is first reached; medians over {seeds} seeds, in brackets "
-        f"the least and the most. {_hardware(records)}."
-    )
-    return "\n".join(lines)
-
-
-def _seconds_to(record: dict[str, Any], head: str, least: float) -> float:
-    """When the accuracy first was at least that; infinity if never."""
-    rows = (r for r in record["curve"] if r[f"validation_{head}_accuracy"] >= least)
-    return min((r["step_seconds"] for r in rows), default=math.inf)
-
-
-def _median(seconds: list[float]) -> float:
-    """NaN unless every run got there."""
-    return math.nan if math.inf in seconds else median(seconds)
-
-
-def _reached(seconds: list[float]) -> str:
-    missed = sum(math.isinf(s) for s in seconds)
-    if missed:
-        return f"not in {missed} of {len(seconds)} runs"
-    return f"{median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
 
 
 def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]], str]:
@@ -127,8 +28,11 @@ def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]],
 
 
 TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]] = {
-    "digits-ablation": (digits_ablation, ("digits-ablation",)),
-    "small-runs": (small_runs, ("mnist-small", "fashion-mnist-small", "cifar10-small")),
+    "digits-ablation": (run_tables.ablation, ("digits-ablation",)),
+    "digits-best": (run_tables.best, ("digits-best",)),
+    "digits-sweeps": (run_tables.sweeps, ("digits-beta", "digits-nll")),
+    "published": (run_tables.published, ("mnist-small",)),
+    "small-runs": (run_tables.small_runs, ("mnist-small", "fashion-mnist-small", "cifar10-small")),
 } | {
     f"kernels-{device}{name}": (_of_kernels(table), (f"kernels-{device}",))
     for device in ("cpu", "cuda")
@@ -142,7 +46,7 @@ TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]]
 TABLES |= {
     "conditioners-cpu": (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",)),
     "flows-cpu": (_of_kernels(kernel_tables.flows), ("flows-cpu",)),
-    "time-to-accuracy": (time_to_accuracy, ("time-to-accuracy",)),
+    "time-to-accuracy": (run_tables.time_to_accuracy, ("time-to-accuracy",)),
     "dispatch-cpu": (_of_kernels(step_tables.dispatch), ("dispatch-cpu",)),
 } | {
     f"{source}-{device}{name}": (_of_kernels(table), (f"{source}-{device}",))
@@ -245,21 +149,6 @@ def main() -> None:
     path.write_text(new)
     for picture, digest in pictures.items():
         draw(picture, digest)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
-
-
-def _hardware(records: list[dict[str, Any]]) -> str:
-    """Processor, threads and versions, named once where all records agree."""
-    found = []
-    for record in records:
-        versions, threads = record["results"]["versions"], record["threads"]
-        text = f"{record['processor']}, {threads} thread{'s' * (threads > 1)}, torch {versions['torch']}"
-        if text not in found:
-            found.append(text)
-    return "; ".join(found)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, step_tables, training
+from benchmarks import report, run_tables, step_tables, training
 
-PLACES = "".join(f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("digits-ablation", "small-runs"))
+PLACES = "".join(
+    f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("digits-ablation", "small-runs", "published")
+)
 
 
 def record(objective: str, seed: int, accuracy: float) -> dict:
@@ -42,13 +44,46 @@ def results(tmp_path: Path) -> Path:
 
 def test_tables_hold_means_and_deviations(results: Path):
     readme = "before\n<!-- digits-ablation -->\nold\n<!-- /digits-ablation -->\n"
-    readme += "<!-- small-runs -->\n<!-- /small-runs -->\nafter"
+    readme += (
+        "<!-- small-runs -->\n<!-- /small-runs -->\n<!-- published -->\n<!-- /published -->\nafter"
+    )
     new = report.render(readme, results)
     assert "| supervised only | 91.0 ± 1.4 | 45.5 ± 0.7 | 2.00 ± 0.00 |" in new
     assert "over 2 seeds; 1.0 minutes a run. Some CPU, 2 threads, torch 2.13.0." in new
     assert "| digits, 100 | 10 | 1.0 | 50.0 | 25.0 | 2.00 | 1000 |" in new
     assert new.startswith("before\n") and new.endswith("\nafter") and "old" not in new
     assert report.render(new, results) == new
+
+
+def test_measured_and_cited_figures_are_told_apart(results: Path):
+    table = report.render(PLACES, results)
+    measured = "measured: 1 minutes on 2 processors, no GPU; one split, seed 0"
+    assert f"| 50.0 / 25.0 | not yet measured | not yet measured | {measured} |" in table
+    assert table.count("| cited; other splits |") == 7
+
+
+def test_the_best_recipe_is_shown_by_labels_and_without_each_part():
+    runs = training.EXPERIMENTS["digits-best"]
+    records = []
+    for arguments in runs:
+        new = record("full", int(arguments[-1]), 0.9 if "--shift" in arguments else 0.98)
+        new["results"]["labels"] = 50 if "50" in arguments else 100
+        records.append(new | {"arguments": arguments})
+    table = run_tables.best(records)
+    assert "| best | 100 | 98.0 ± 0.0 | 49.0 ± 0.0 | 2.00 ± 0.00 |\n| best | 50 | 98.0" in table
+    assert "| no shifts | 50 | 90.0 ± 0.0 |" in table
+    assert len(table.split("\n\n")[0].splitlines()) == 2 + 2 + len(training.BEST) - 1
+
+
+def test_a_sweep_has_a_row_per_value():
+    records = []
+    for name in "digits-beta", "digits-nll":
+        for arguments in training.EXPERIMENTS[name]:
+            accuracy = 0.9 + 0.01 * int(arguments[-1])
+            records.append(record("full", int(arguments[-1]), accuracy) | {"arguments": arguments})
+    table = run_tables.sweeps(records)
+    assert "| `--terms.beta` | 0.625 | 91.0 ± 1.0 | 45.5 ± 0.5 | 2.00 ± 0.00 |" in table
+    assert table.count("`--terms.w-nll`") == 5 and "over 3 seeds" in table
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused(results: Path):
@@ -188,7 +223,7 @@ def timed_record(fused: bool, seed: int, reached: float) -> dict:
 def test_time_to_accuracy_is_the_first_time_of_each_run():
     runs = [(fused, seed) for seed in range(3) for fused in (False, True)]
     records = [timed_record(f, s, (10.0 if f else 30.0) + s) for f, s in runs]
-    table = report.time_to_accuracy(records)
+    table = run_tables.time_to_accuracy(records)
     assert "| PyTorch | 31.0 (30.0–32.0) | 100.0 (100.0–100.0) | 1000 |" in table
     assert "| fused | 11.0 (10.0–12.0) | 100.0 (100.0–100.0) | 3000 |" in table
     assert "| faster | ×2.82 | ×1.00 | ×3.00 |" in table and "3 seeds" in table
@@ -197,7 +232,7 @@ def test_time_to_accuracy_is_the_first_time_of_each_run():
 def test_a_run_that_never_got_there_leaves_no_ratio():
     records = [timed_record(f, s, 10.0) for s in range(3) for f in (False, True)]
     records[1]["curve"] = records[1]["curve"][:1]
-    table = report.time_to_accuracy(records)
+    table = run_tables.time_to_accuracy(records)
     assert "| fused | not in 1 of 3 runs |" in table and "| faster | – | – | ×3.00 |" in table
 
 
