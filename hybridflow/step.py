@@ -80,22 +80,23 @@ class HybridStep:
     def _step(self) -> dict[str, Tensor]:
         w = self.terms
         with phase("data"):
-            x_l, y = self.labelled.next()
-            x_u, _ = self.unlabelled.next()
+            labelled, y = self.labelled.next()
+            unlabelled, _ = self.unlabelled.next()
             assert y is not None
-            images = [x_l, x_u]
+            batches = [labelled, unlabelled]
             if w.w_con_d or w.w_con_g:
                 assert self.levels is not None
-                images.append(strong_view(x_u, self.strong, self.levels))
+                batches.append(strong_view(unlabelled, self.strong, self.levels))
             elif w.w_joint_con:
-                images.append(self.unlabelled.another_view())
-            x = dequantise(torch.cat(images), self.levels)
-            sizes = [len(x_l), len(x_u)]
+                batches.append(self.unlabelled.another_view())
+            sizes = [len(labelled), len(unlabelled)]
+            x = dequantise(torch.cat(batches), self.levels)
             x, view = x[: sum(sizes)], x[sum(sizes) :]
+            x_u = x[sizes[0] :]
 
         with phase("flow"):
-            both = w.w_con_g or w.w_joint_con
-            joint = self.model.joint_log_prob(torch.cat((x, view)) if both else x)
+            flow_sees_view = w.w_con_g or w.w_joint_con
+            joint = self.model.joint_log_prob(torch.cat((x, view)) if flow_sees_view else x)
             joint, joint_view = joint[: len(x)], joint[len(x) :]
             joint_l, joint_u = joint.split(sizes)
         seen = [x]
@@ -111,7 +112,7 @@ class HybridStep:
         with phase("discriminator"):
             logits, *others = self.discriminator(torch.cat(seen)).split([len(s) for s in seen])
             l_l, l_u = logits.split(sizes)
-            judged = self._judged(x[len(x_l) :], l_u)
+            judged = self._judged(x_u, l_u)
             terms_d = {"sup_d": supervised(l_l, y, smoothing=w.smoothing)}
             if w.w_adv_d:
                 terms_d["adv_d"] = adversarial_d(l_u, others[0])
@@ -138,7 +139,7 @@ class HybridStep:
             if w.w_adv_g:
                 terms_g["adv_g"] = adversarial_g(self.discriminator(generated), soft_labels)
             if w.w_fm_g:
-                features = self.discriminator.features(torch.cat((generated, x[len(x_l) :])))
+                features = self.discriminator.features(torch.cat((generated, x_u)))
                 terms_g["fm_g"] = feature_matching(*features.split(len(generated)))
             if w.w_pl_g:
                 terms_g["pl_g"] = pseudo_label(joint_u, judged)
