@@ -524,11 +524,15 @@ def speedups(rows: Sequence[Result]) -> list[Result]:
 # --- train ----------------------------------------------------------------------------------------
 
 _STEPS, _LOG_EVERY, _COMPARED = 500, 10, 50
-_MNIST_FILES = tuple(
-    f"{part}-{kind}-ubyte.gz"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-)
+_FILES = {
+    "mnist": tuple(
+        f"{part}-{kind}-ubyte.gz"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    ),
+    "cifar10": (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+}
 
 # Over the first steps the two runs differ by rounding only; later ones may drift apart.
 _LARGEST_FIRST_DIFFERENCE = 0.02
@@ -537,7 +541,7 @@ _LARGEST_FIRST_DIFFERENCE = 0.02
 def train_stage(context: Context, seconds: float, report: Report) -> Result:
     """A short training, unfused and fused from the same seed: speed, accuracies, losses."""
     deadline = time.monotonic() + seconds
-    preset = "mnist" if has_mnist(context.data_dir) else "digits"
+    preset = "mnist" if has_data(context.data_dir, "mnist") else "digits"
     result: Result = {"preset": preset, "steps": _STEPS}
     if preset == "digits":
         result["note"] = f"no MNIST files in --data-dir ({context.data_dir}): trained on digits"
@@ -568,12 +572,12 @@ def train_stage(context: Context, seconds: float, report: Report) -> Result:
     return result | {"status": "passed", "summary": summary}
 
 
-def has_mnist(data_dir: Path | None) -> bool:
-    """Whether the files of MNIST are in the folder or in its mnist/."""
+def has_data(data_dir: Path | None, dataset: str) -> bool:
+    """Whether the files of a data set are in the folder or in its folder of that name."""
     if data_dir is None:
         return False
-    folders = (data_dir / "mnist", data_dir)
-    return any(all((folder / name).is_file() for name in _MNIST_FILES) for folder in folders)
+    folders = (data_dir / dataset, data_dir)
+    return any(all((folder / name).is_file() for name in _FILES[dataset]) for folder in folders)
 
 
 def read_run(folder: Path) -> Result:
@@ -704,35 +708,75 @@ def _benchmark(name: str, context: Context, seconds: float, *options: str) -> Re
     return {"table": table.name, "status": "passed", "summary": "".join(last)[:300]}
 
 
-# --- a training run over several calls -----------------------------------------------------------
+# --- training runs over several calls ------------------------------------------------------------
 
-_RUN = ("--preset", "mnist", "--labels", "100", "--fused", "--precision", "bf16", "--seed", "0")
+_RUNS = {
+    "run-mnist-100": ("mnist", "100", "mnist"),
+    "run-mnist-100-best": ("mnist", "100", "mnist-best"),
+    "run-cifar10-4000-best": ("cifar10", "4000", "cifar10-best"),
+    "run-cifar10-4000": ("cifar10", "4000", "cifar10"),
+    "run-svhn-1000-best": ("svhn", "1000", "svhn-best"),
+}
+"""Folder: data set, labels, preset; longest wanted first."""
 _OF_RUN = 45.0  # seconds of a call that a run needs besides its steps: start, test images, pictures
 
 
 def runs_stage(context: Context, seconds: float, report: Report) -> Result:
-    """MNIST with 100 labels by the preset, continued from call to call until it is done."""
-    if not has_mnist(context.data_dir):
-        return {"status": "absent", "summary": f"no MNIST files in --data-dir ({context.data_dir})"}
-    folder = context.kept / "run-mnist-100"
+    """The recipes on the data sets that are there, each continued from call to call until it is done."""
+    deadline = time.monotonic() + seconds
+    found = {n: run for n, run in _RUNS.items() if has_data(context.data_dir, run[0])}
+    if not found:
+        return {"status": "absent", "summary": f"no data files in --data-dir ({context.data_dir})"}
+    result: Result = {"runs": {name: run_so_far(context.kept / name) for name in found}}
+    for name, (_, labels, preset) in found.items():
+        if is_done(result["runs"][name]):
+            continue
+        left = deadline - time.monotonic()
+        if left < _OF_RUN:
+            break
+        outcome = _continue(context, name, ("--preset", preset, "--labels", labels), left)
+        before, result["runs"][name] = result["runs"][name], run_so_far(context.kept / name)
+        report(result)
+        problem, stuck = outcome.complaint(name), steps_of(result["runs"][name]) <= steps_of(before)
+        if problem and (outcome.status or stuck):
+            return result | failed(f"{problem}; {_in_words(result['runs'])}", outcome.output)
+    done = all(map(is_done, result["runs"].values()))
+    status = "passed" if done else "unfinished"
+    return result | {"status": status, "summary": _in_words(result["runs"])}
+
+
+def _continue(context: Context, name: str, recipe: Sequence[str], seconds: float) -> Outcome:
+    """Train one run for so long."""
+    folder = context.kept / name
     before = run_so_far(folder)
     minutes = (before.get("seconds", 0.0) + max(1.0, seconds - _OF_RUN)) / 60
     if before:
-        how = ("--resume", str(folder))
+        how: Sequence[str] = ("--resume", str(folder))
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        how = (*_RUN, "--out", str(folder))
+        how = (*recipe, "--fused", "--precision", "bf16", "--seed", "0", "--out", str(folder))
     options = ("--device", "cuda", "--data-dir", str(context.data_dir))
     command = worker("train", *how, *options, "--minutes", f"{minutes:.3f}")
-    outcome = run_commands({"run": command}, context, seconds)["run"]
-    result = run_so_far(folder)
-    words = [f"{name} {value:.2%}" for name, value in result.items() if name.endswith("accuracy")]
-    summary = f"step {result.get('step', 0)} of {result.get('steps')}, {', '.join(words)}"
-    problem = outcome.complaint("the run")
-    if problem and (outcome.status or result.get("step", 0) <= before.get("step", 0)):
-        return result | failed(f"{problem}; {summary}", outcome.output)
-    done = result["step"] >= result["steps"]
-    return result | {"status": "passed" if done else "unfinished", "summary": summary}
+    return run_commands({name: command}, context, seconds)[name]
+
+
+def steps_of(run: Result) -> int:
+    """Steps that a run has done."""
+    return run.get("step", 0)
+
+
+def is_done(run: Result) -> bool:
+    """Whether a run's last step is done."""
+    return bool(run) and steps_of(run) >= run["steps"]
+
+
+def _in_words(runs: Mapping[str, Result]) -> str:
+    said = []
+    for name, run in runs.items():
+        words = [f"{n} {value:.2%}" for n, value in run.items() if n.endswith("accuracy")]
+        if run:
+            said.append(", ".join([f"{name}: step {run['step']} of {run['steps']}", *words]))
+    return "; ".join(said) or "no run got to a checkpoint"
 
 
 def run_so_far(folder: Path) -> Result:

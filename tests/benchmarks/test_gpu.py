@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -794,12 +795,14 @@ def test_losses_are_compared_relative_to_their_size() -> None:
 
 
 def test_mnist_is_at_hand_only_whole(tmp_path: Path) -> None:
-    assert not gpu_stages.has_mnist(None)
+    assert not gpu_stages.has_data(None, "mnist")
     (tmp_path / "mnist").mkdir()
-    for name in gpu_stages._MNIST_FILES:
-        assert not gpu_stages.has_mnist(tmp_path)
+    for name in gpu_stages._FILES["mnist"]:
+        assert not gpu_stages.has_data(tmp_path, "mnist")
         (tmp_path / "mnist" / name).touch()
-    assert gpu_stages.has_mnist(tmp_path) and gpu_stages.has_mnist(tmp_path / "mnist")
+    assert gpu_stages.has_data(tmp_path, "mnist") and gpu_stages.has_data(
+        tmp_path / "mnist", "mnist"
+    )
 
 
 # --- the captured step ----------------------------------------------------------------------------
@@ -1030,26 +1033,39 @@ def test_a_long_run_goes_on_from_call_to_call_until_it_is_done(
     commands: list[list[str]] = []
 
     def run(asked: dict[str, list[str]], context: Context, seconds: float) -> Any:
-        commands.append(asked["run"])
+        ((name, command),) = asked.items()
+        commands.append(command)
         if ends["at"]:
-            _save_run(folder, ends["at"])
-        return {"run": Outcome(ends["status"], "said")}
+            _save_run(context.kept / name, ends["at"])
+        return {name: Outcome(ends["status"], "said")}
 
     def minutes() -> float:
         return float(commands[-1][commands[-1].index("--minutes") + 1])
 
+    def stage(seconds: float) -> dict[str, Any]:
+        now = time.monotonic()
+        monkeypatch.setattr(gpu_stages.time, "monotonic", lambda: now)
+        return gpu_stages.runs_stage(context, seconds, lambda result: None)
+
     monkeypatch.setattr(gpu_stages, "run_commands", run)
-    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "absent"
-    monkeypatch.setattr(gpu_stages, "has_mnist", lambda folder: True)
+    assert stage(105)["status"] == "absent"
+    monkeypatch.setattr(gpu_stages, "has_data", lambda folder, dataset: dataset == "mnist")
     folder.mkdir(parents=True)
     (folder / "config.json").touch()  # of a run that was stopped before its first checkpoint
     ends["at"] = 600
-    result = gpu_stages.runs_stage(context, 105, lambda result: None)
+    assert stage(40)["status"] == "unfinished" and not commands  # too short for anything
+    result = stage(105)
     assert result["status"] == "unfinished" and not (folder / "config.json").read_text() == ""
-    assert result["summary"] == "step 600 of 900, validation_flow_accuracy 75.00%"
-    assert commands[-1][commands[-1].index("--out") + 1] == str(folder) and minutes() == 1
+    assert result["summary"].startswith(
+        "run-mnist-100: step 600 of 900, validation_flow_accuracy 75.00%; run-mnist-100-best: step 600"
+    )
+    assert [c[c.index("--preset") + 1] for c in commands] == ["mnist", "mnist-best"]
+    assert commands[0][commands[0].index("--out") + 1] == str(folder) and minutes() == 1
     ends["at"] = 900
-    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "passed"
-    assert commands[-1][commands[-1].index("--resume") + 1] == str(folder) and minutes() == 6
+    result = stage(105)
+    assert result["status"] == "passed" and len(commands) == 4
+    assert commands[2][commands[2].index("--resume") + 1] == str(folder) and minutes() == 6
+    assert stage(105)["status"] == "passed" and len(commands) == 4  # nothing is left to do
+    shutil.rmtree(folder)
     ends |= {"at": 0, "status": 1}
-    assert gpu_stages.runs_stage(context, 105, lambda result: None)["status"] == "failed"
+    assert stage(105)["status"] == "failed"
