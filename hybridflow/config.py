@@ -101,8 +101,6 @@ class ObjectiveConfig:
     """Discriminator: strong views of unlabelled images should be of the class it gives the images."""
     w_con_g: NonNegativeFloat = 0.0
     """Flow: the same, also with the class that the discriminator gives."""
-    strong_labelled: bool = False
-    """Discriminator: labelled images are shown as strong views too."""
     confidence: Fraction = 0.95
     """Consistency asks this probability of a class, and leaves other images out."""
     teacher: Literal["current", "averaged"] = "current"

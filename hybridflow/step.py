@@ -84,23 +84,22 @@ class HybridStep:
             unlabelled, _ = self.unlabelled.next()
             assert y is not None
             batches = [labelled, unlabelled]
-            if w.w_con_d or w.w_con_g or w.strong_labelled:
+            if w.w_con_d or w.w_con_g:
                 assert self.levels is not None
-                viewed = torch.cat(batches) if w.strong_labelled else unlabelled
-                batches.append(strong_view(viewed, self.strong, self.levels))
+                batches.append(strong_view(unlabelled, self.strong, self.levels))
             elif w.w_joint_con:
                 batches.append(self.unlabelled.another_view())
             sizes = [len(labelled), len(unlabelled)]
             x = dequantise(torch.cat(batches), self.levels)
             x, view = x[: sum(sizes)], x[sum(sizes) :]
-            x_u, view_l, view = x[sizes[0] :], view[: sizes[0]], view[-sizes[1] :]
+            x_u = x[sizes[0] :]
 
         with phase("flow"):
             flow_sees_view = w.w_con_g or w.w_joint_con
             joint = self.model.joint_log_prob(torch.cat((x, view)) if flow_sees_view else x)
             joint, joint_view = joint[: len(x)], joint[len(x) :]
             joint_l, joint_u = joint.split(sizes)
-        seen = [torch.cat((view_l, x_u)) if w.strong_labelled else x]
+        seen = [x]
         if w.w_adv_d or w.w_adv_g or w.w_fm_g:
             with phase("sampling"):
                 z_k, soft_labels = boundary_sample(self.model.prior, len(x_u), w.beta)

@@ -107,10 +107,11 @@ class Trainer:
         if config.epochs is not None:
             self.total_steps = max(1, round(config.epochs * self.unlabelled.steps_per_epoch))
         terms = terms_of(config.objective, config.terms)
-        asked = [n for n in ("w_con_d", "w_con_g", "strong_labelled") if getattr(terms, n)]
-        if asked and (dataset.train_x.dim() != 4 or not dataset.levels):
-            names = ", ".join(f"terms.{name}" for name in asked)
-            raise InputError(f"{names}: got them for {config.dataset}; only images have strong views")
+        if (terms.w_con_d or terms.w_con_g) and (dataset.train_x.dim() != 4 or not dataset.levels):
+            raise InputError(
+                f"terms.w_con_d, terms.w_con_g: got {terms.w_con_d}, {terms.w_con_g} for "
+                f"{config.dataset}; only images have strong views"
+            )
         self.step = HybridStep(
             self.model,
             self.discriminator,

@@ -95,23 +95,6 @@ def test_consistency_is_a_term_of_each_network_that_weighs_it(names, teacher):
     assert all(terms[name] > 0 for name in names)
 
 
-@pytest.mark.parametrize("on", [{}, {"w_con_d": 1.0}, {"w_con_d": 1.0, "w_con_g": 1.0}])
-def test_labelled_images_are_shown_to_the_discriminator_as_strong_views(on, monkeypatch):
-    asked, seen = [], []
-
-    def dark(x, config, levels):
-        asked.append(x)
-        return torch.zeros_like(x)
-
-    monkeypatch.setattr("hybridflow.step.strong_view", dark)
-    step = make_step(strong_labelled=True, **on)
-    step.discriminator.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    step()
-    assert len(asked) == 1 and len(asked[0]) == 30  # 10 labelled, 20 unlabelled
-    views = [seen[0][:10], *([seen[0][-20:]] if on else [])]
-    assert all(view.max() < 1 / 17 for view in views) and seen[0][10:30].max() > 1 / 17
-
-
 def test_no_image_is_confident_enough_for_a_probability_of_one():
     terms = make_step(**TAUGHT | {"confidence": 1.0})()
     assert terms["con_d"] == terms["con_g"] == 0
