@@ -265,11 +265,12 @@ _MNIST_BEST = replace(
     shift=2,
     discriminator=replace(_IMAGE_CONV, block_dropout=0.2, input_dropout=0.0),
     optimiser=OptimiserConfig(lr_d=2e-3, beta1_d=0.9),
-    terms=_TAUGHT,
+    terms=replace(_TAUGHT, confidence=0.99),
+    strong=StrongConfig(rotate=20.0, zoom=0.15, shear=0.15, contrast=0.2, brightness=0.0),
 )
 _MNIST_SMALL = replace(
     _MNIST_BEST,
-    steps=6500,
+    steps=8000,
     eval_every=500,
     batch_labelled=30,
     batch_unlabelled=100,
@@ -308,6 +309,7 @@ PRESETS: dict[str, Config] = {
     "digits": _DIGITS,
     "digits-best": replace(
         _DIGITS,
+        steps=3000,
         shift=1,
         terms=_TAUGHT,
         strong=StrongConfig(rotate=15.0, zoom=0.1, shear=0.1, shift=0.06),
