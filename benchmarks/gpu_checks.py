@@ -626,9 +626,7 @@ def _mixed_conv_couplings(
     """Of float32, with narrower products. That these err less than autocast's is a test of the kernels'."""
     if products != torch.float32:
         note = f"{str(products).removeprefix('torch.')} products"
-        yield from _conv_couplings(
-            shape, torch.float32, hidden, note, products=products, **choices
-        )
+        yield from _conv_couplings(shape, torch.float32, hidden, note, products=products, **choices)
 
 
 def _small_conv_couplings(dtype: torch.dtype) -> Iterator[Case]:

@@ -30,8 +30,8 @@ _HIDDEN: dict[tuple[int, ...], tuple[int, ...]] = {
 
 # Float32 has smaller tiles: compiled in one direction.
 _FLOAT32 = {(12, 16, 16), (8, 2, 2)}
-# What is compiled for every chip, with bfloat16 products and one direction: the largest images, whose patches take
-# the most registers; with products and coupling in one launch, and in two as on AMD's chips.
+# What is compiled for every chip, with bfloat16 products and one direction: the largest images, whose
+# patches take the most registers; with products and coupling in one launch, and in two as on AMD's chips.
 _EVERYWHERE = {(12, 16, 16)}
 
 
@@ -96,8 +96,8 @@ def _recorded(
     weight2, bias2 = tensor(2 * moved, hidden, 3, 3), tensor(2 * moved)
     weights = weight1, bias1, weight2, bias2
     log_scale, bias, gain, log_det = (tensor(n) for n in (channels, channels, moved, _SAMPLES))
-    norm, choices = (log_scale, bias, gain), (CouplingForm(), False, inverse, products)
+    norm, form = (log_scale, bias, gain), CouplingForm()
     with recording() as made:
-        triton_impl.map(x, *weights, *norm, log_det, *choices)
-        triton_impl.gradients(x, log_det, x, *weights, *norm, *choices)
+        triton_impl.map(x, *weights, *norm, log_det, form, False, inverse, products)
+        triton_impl.gradients(x, log_det, x, *weights, *norm, form, False, inverse, products)
     return made

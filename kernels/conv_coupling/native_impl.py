@@ -1,6 +1,7 @@
-"""Launchers of native.cpp: float32 CPU tensors in, tensors out, as in reference.py. `products` is float32 too.
+"""Launchers of native.cpp: float32 CPU tensors in, tensors out, as in reference.py.
 
 Contiguous x is used as it is, channels-last x copied to it and back. The hidden layer is never stored.
+`products` is float32 like all else.
 """
 
 from typing import Any

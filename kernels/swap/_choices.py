@@ -1,7 +1,7 @@
 """Whether a coupling's conditioner runs as one op or layer by layer: read from a table of measurements.
 
-choices.json is written by `python -m benchmarks.choices`, a section for each kind of device and type of products; nothing
-is measured while a model runs. What has no section runs layer by layer.
+choices.json is written by `python -m benchmarks.choices`, a section for each kind of device and type of
+products; nothing is measured while a model runs. What has no section runs layer by layer.
 """
 
 import functools

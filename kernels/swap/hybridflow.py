@@ -49,8 +49,8 @@ class FusedFlowStep(Fused):
         if (layers := _dense_layers(coupling, x)) is not None:
             return mlp_coupling(x, *layers, *vectors, coupling.gain, log_det, flip=flip)
         if (weights := _weights(coupling, x)) is not None:
-            operands = (*weights, *vectors, coupling.gain, log_det)
-            return conv_coupling(x, *operands, flip=flip, products=_products(x))
+            given = (*weights, *vectors, coupling.gain, log_det)
+            return conv_coupling(x, *given, flip=flip, products=_products(x))
         a, x = tap(x, coupling.channels // 2, *vectors, flip=flip)
         operands = (_params(coupling.conditioner, a), *vectors, coupling.gain, log_det)
         return actnorm_coupling(x, *operands, flip=flip)

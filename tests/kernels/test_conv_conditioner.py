@@ -1,6 +1,7 @@
 """The conditioner as an op, and in a fused step. Its kernels: test_conv_conditioner_native.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -188,13 +189,13 @@ def recorded(monkeypatch):
     """Both directions of conv_coupling as the step calls them, and the products asked for, on a "GPU"."""
     asked = []
     monkeypatch.setattr(swap, "_is_on_gpu", lambda x: True)
-    for name in ("conv_coupling", "conv_coupling_inverse"):
 
-        def call(*args, op=getattr(swap, name), products, **choices):
-            asked.append((op.__name__, products))
-            return op(*args, products=products, **choices)
+    def call(op, *args, products, **choices):
+        asked.append((op.__name__, products))
+        return op(*args, products=products, **choices)
 
-        monkeypatch.setattr(swap, name, call)
+    for op in (swap.conv_coupling, swap.conv_coupling_inverse):
+        monkeypatch.setattr(swap, op.__name__, functools.partial(call, op))
     return asked
 
 
@@ -220,8 +221,11 @@ def test_under_autocast_on_a_gpu_the_step_is_one_op_with_its_products(
     op = "conv_coupling" if direction == "forward" else "conv_coupling_inverse"
     assert asked == [(op, torch.bfloat16)] and keys == [torch.bfloat16] and not calls
     assert all(g.dtype is torch.float32 for g in got)
-    errors = [[(g - e).norm() / e.norm() for g, e in zip(r, exact, strict=True)] for r in (got, plain)]
-    assert sum(errors[0]) <= 2 * sum(errors[1])
+
+    def error(results):
+        return sum((r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True))
+
+    assert error(got) <= 2 * error(plain)
 
 
 @pytest.mark.parametrize(

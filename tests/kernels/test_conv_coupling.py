@@ -261,7 +261,9 @@ def test_autocast_changes_nothing(implementation, device, direction, products):
 
 def test_products_of_the_type_of_x_are_what_is_made_without_a_choice():
     tensors = operands(*CONV, dtype=torch.float32)
-    runs = [outputs_and_gradients(conv_coupling, tensors, products=p) for p in (None, torch.float32)]
+    runs = [
+        outputs_and_gradients(conv_coupling, tensors, products=p) for p in (None, torch.float32)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
