@@ -36,7 +36,7 @@ def _implementation(products: torch.dtype, x: Tensor, *others: Tensor | None) ->
 
 
 def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would choose other types for what the reference calls."""
+    """The body outside autocast, which would choose other types for what the reference calls."""
 
     @functools.wraps(body)
     def call(x: Tensor, *others: Any) -> Any:
