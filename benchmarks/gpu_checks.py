@@ -623,7 +623,8 @@ def _conv_couplings(
 def _mixed_conv_couplings(
     shape: Shape, products: torch.dtype, hidden: int, **choices: Any
 ) -> Iterator[Case]:
-    """Of float32, with narrower products. That these err less than autocast's is a test of the kernels'."""
+    """Of float32, with narrower products. Beside autocast these are put in tests/kernels: of sums of few
+    terms, as here, PyTorch's error may be small by chance."""
     if products != torch.float32:
         note = f"{str(products).removeprefix('torch.')} products"
         yield from _conv_couplings(shape, torch.float32, hidden, note, products=products, **choices)
