@@ -2,7 +2,7 @@
 
 Rewrites the section of this device in kernels/swap/choices.json, from which `fuse` reads how a conditioner
 runs. Steps of the presets' flows, forward and backward, with the conditioner as one op and layer by layer;
-the two take turns. Exit status: 0.
+the two take turns. They are float32, and under autocast where products are of another type. Exit status: 0.
 """
 
 import argparse
@@ -49,21 +49,20 @@ LAYERS = (
 )
 
 
-def _step(
-    layer: _choices.Layer, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, tuple[int, ...]]:
+def _step(layer: _choices.Layer, device: torch.device) -> tuple[nn.Module, tuple[int, ...]]:
     """A fused step with this conditioner, and the shape of a sample."""
     channels, dense = layer.inputs + layer.outputs // 2, layer.kind == "dense"
     make = dense_conditioner if dense else conv_conditioner
     step = FlowStep(channels, make(layer.inputs, layer.hidden, layer.outputs))
     nn.init.normal_(step.coupling.conditioner[-1].weight, std=0.01)
-    step.to(device, dtype)
+    step.to(device)
     fuse(step)
     return step, (channels,) if dense else (channels, layer.height, layer.width)
 
 
-def _run(step: nn.Module, x: Tensor, weight: Tensor) -> None:
-    y, log_det = step(x)
+def _run(step: nn.Module, x: Tensor, weight: Tensor, products: torch.dtype) -> None:
+    with torch.autocast(x.device.type, products, enabled=products != x.dtype):
+        y, log_det = step(x)
     torch.autograd.grad((y, log_det), [x, *step.parameters()], (weight, log_det.detach()))
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -72,25 +71,25 @@ def _run(step: nn.Module, x: Tensor, weight: Tensor) -> None:
 def measure(
     layer: _choices.Layer,
     device: torch.device,
-    dtype: torch.dtype,
+    products: torch.dtype,
     batches: Sequence[int],
     seconds: float,
 ) -> dict[str, Any]:
     """A row of the table: for each number of samples how many times faster one op is."""
-    step, shape = _step(layer, device, dtype)
+    step, shape = _step(layer, device)
     faster = {}
     for batch in batches:
-        x = torch.randn(batch, *shape, device=device, dtype=dtype, requires_grad=True)
+        x = torch.randn(batch, *shape, device=device, requires_grad=True)
         weight = torch.randn_like(x)
         times: dict[bool, list[float]] = {True: [], False: []}
         for _, one_op in itertools.product(range(_TURNS), times):
             with _choices.using(one_op):
-                _run(step, x, weight)
+                _run(step, x, weight, products)
                 start = time.perf_counter()
-                _run(step, x, weight)
+                _run(step, x, weight, products)
                 for _ in range(rounds_for(time.perf_counter() - start, seconds, 3)):
                     start = time.perf_counter()
-                    _run(step, x, weight)
+                    _run(step, x, weight, products)
                     times[one_op].append(time.perf_counter() - start)
         faster[batch] = round(quantiles(times[False])[1] / quantiles(times[True])[1], 2)
     return layer._asdict() | {"fewest": fewest(faster), "faster": faster}
@@ -110,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.choices", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--type", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--type",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the convolutions' products",
+    )
     parser.add_argument("--out", type=Path, default=_choices.PATH)
     parser.add_argument("--batches", type=int, nargs="+", default=_BATCHES)
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a turn")
@@ -119,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--type: got {args.type}, want float32: on a CPU there is no op of other types"
         )
-    dtype = getattr(torch, args.type)
-    key = _choices.device_key(args.device, dtype)
+    products = getattr(torch, args.type)
+    key = _choices.device_key(args.device, products)
     section: dict[str, Any] = {
         "command": [
             "python",
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [],
     }
     for layer in LAYERS:
-        row = measure(layer, args.device, dtype, args.batches, args.seconds)
+        row = measure(layer, args.device, products, args.batches, args.seconds)
         section["rows"].append(row)
         sections = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(sections | {key: section}, indent=1) + "\n")

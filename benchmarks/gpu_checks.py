@@ -348,6 +348,12 @@ def _dequantize(x: Tensor, log_det: Tensor, seed: Tensor | None = None, **option
     return kernels.dequantize_logit(x, log_det=log_det, noise=noise, **options)
 
 
+def _with_products(op: str, products: torch.dtype, *x: Tensor, **given: Any) -> Any:
+    """Products of so few digits, but in float64, which is to be exact."""
+    choices = {} if given["log_det"].dtype == torch.float64 else {"products": products}
+    return getattr(kernels, op)(*x, **given, **choices)
+
+
 class _Convolution(nn.Module):
     """A conditioner whose weight is an operand like any other."""
 
@@ -596,6 +602,7 @@ def _conv_couplings(
     absent: tuple[str, ...] = (),
     layout: str = "",
     flip: bool = False,
+    products: torch.dtype | None = None,
 ) -> Iterator[Case]:
     """Both directions."""
     moved = shape[1] // 2 if transformed is None else transformed
@@ -603,12 +610,24 @@ def _conv_couplings(
     for first, out in (("x", "y"), ("y", "x")):
         names = (first, *weights, "log_scale", "bias", "log_det", "gain")
         make = functools.partial(_conv_coupling, first, moved, hidden, size, absent, layout)
+        op = "conv_coupling" if first == "x" else "conv_coupling_inverse"
+        function = functools.partial(_with_products, op, products) if products else None
         yield _case(
-            *("conv_coupling" if first == "x" else "conv_coupling_inverse", shape, make),
-            *((out, "log_det"), tuple(name for name in names if name not in absent), dtype),
-            *((first,), ", ".join(filter(None, (f"{hidden} hidden", layout, note)))),
+            *(op, shape, make, (out, "log_det")),
+            *(tuple(name for name in names if name not in absent), dtype, (first,)),
+            *(", ".join(filter(None, (f"{hidden} hidden", layout, note))), function),
             **{"form": form, "flip": flip},
         )
+
+
+def _mixed_conv_couplings(
+    shape: Shape, products: torch.dtype, hidden: int, **choices: Any
+) -> Iterator[Case]:
+    """Of float32, with narrower products. Beside autocast these are put in tests/kernels: of sums of few
+    terms, as here, PyTorch's error may be small by chance."""
+    if products != torch.float32:
+        note = f"{str(products).removeprefix('torch.')} products"
+        yield from _conv_couplings(shape, torch.float32, hidden, note, products=products, **choices)
 
 
 def _small_conv_couplings(dtype: torch.dtype) -> Iterator[Case]:
@@ -616,10 +635,14 @@ def _small_conv_couplings(dtype: torch.dtype) -> Iterator[Case]:
     image, few = (5, 5, 3, 3), (5, 3, 2, 2)
     for shape in (image, few, (2, 3, 1, 1), (1, 4, 9, 11), (1, 18, 4, 3)):
         yield from _conv_couplings(shape, dtype, 20)
+        yield from _mixed_conv_couplings(shape, dtype, 20)
     yield from _conv_couplings(image, dtype, 150)
     for shape in (image, few):
         yield from _conv_couplings(shape, dtype, 20, layout="channels-last")
         yield from _conv_couplings(shape, dtype, 20, "first part", flip=True)
+        yield from _mixed_conv_couplings(
+            shape, dtype, 20, layout="channels-last", flip=True, form=_ALL_ELSE
+        )
         yield from _conv_couplings(shape, dtype, 20, "size 1", size=1)
         yield from _conv_couplings(shape, dtype, 20, "one part of 2", transformed=2)
         yield from _conv_couplings(shape, dtype, 20, "all else", form=_ALL_ELSE)
@@ -636,6 +659,7 @@ def _preset_conv_couplings(shapes: Sequence[Shape], dtype: torch.dtype) -> Itera
         if len(shape) == 3:
             hidden = _HIDDEN.get(shape, 128)
             yield from _conv_couplings((300, *shape), dtype, hidden, layout="channels-last")
+            yield from _mixed_conv_couplings((300, *shape), dtype, hidden, layout="channels-last")
 
 
 def _dense_couplings(

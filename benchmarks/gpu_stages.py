@@ -842,8 +842,8 @@ def rows_of_type(table: Path, name: str) -> dict[str, Any]:
 STAGES = (
     Stage("environment", 5, environment_stage),
     Stage("install", 60, install_stage),
-    Stage("kernels", 160, kernels_stage),
-    Stage("graph", 110, graph_stage),
+    Stage("kernels", 190, kernels_stage),
+    Stage("graph", 130, graph_stage),
     Stage("step", 240, step_stage),
     Stage("couplings", 60, couplings_stage),
     Stage("op", 150, op_stage),

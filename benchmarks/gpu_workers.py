@@ -107,8 +107,7 @@ def _compared(case: Case) -> list[dict[str, Any]]:
 
 # --- the captured step ---------------------------------------------------------------------------
 
-# Under autocast no conditioner is one op.
-_VARIANTS = (("bf16", "fused"), ("fp32", "fused"), ("fp32", "one op"))
+_VARIANTS = (("bf16", "fused"), ("bf16", "one op"), ("fp32", "fused"), ("fp32", "one op"))
 _UNFUSED = ("fp32", "unfused")
 
 

@@ -30,27 +30,27 @@ _HIDDEN: dict[tuple[int, ...], tuple[int, ...]] = {
 
 # Float32 has smaller tiles: compiled in one direction.
 _FLOAT32 = {(12, 16, 16), (8, 2, 2)}
-# What is compiled for every chip, in bfloat16 and one direction: the largest images, whose patches take
-# the most registers; with products and coupling in one launch, and in two as on AMD's chips.
+# What is compiled for every chip, with bfloat16 products and one direction: the largest images, whose
+# patches take the most registers; with products and coupling in one launch, and in two as on AMD's chips.
 _EVERYWHERE = {(12, 16, 16)}
 
 
 def launches(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
     """Launches for 300 samples of a shape, each with the bytes of the contiguous run that its main
-    loads walk along: a row of a matrix of weights, or where there is none the channels of a pixel."""
-    if dtype == torch.bfloat16:
-        yield from _launches(shape, dtype, (False, True))
-        if shape in _EVERYWHERE:
-            yield from _in_two(_launches(shape, dtype, (False,)))
-    elif shape in _FLOAT32:
-        yield from _launches(shape, dtype, (False,))
+    loads walk along: a row of a matrix of weights, or where there is none the channels of a pixel.
+    Those of bfloat16 products of float32 are among those of float32."""
+    yield from _launches(shape, dtype, torch.bfloat16, (False, True))
+    if shape in _EVERYWHERE:
+        yield from _in_two(_launches(shape, dtype, torch.bfloat16, (False,)))
+    if dtype == torch.float32 and shape in _FLOAT32:
+        yield from _launches(shape, dtype, dtype, (False,))
 
 
 def launches_elsewhere(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
     """The same, of fewer: the gate would take minutes for each chip."""
-    if dtype == torch.bfloat16 and shape in _EVERYWHERE:
-        yield from _launches(shape, dtype, (False,))
-        yield from _in_two(_launches(shape, dtype, (False,)))
+    if shape in _EVERYWHERE:
+        yield from _launches(shape, dtype, torch.bfloat16, (False,))
+        yield from _in_two(_launches(shape, dtype, torch.bfloat16, (False,)))
 
 
 def _in_two(launches: Iterator[tuple[Launch, int]]) -> Iterator[tuple[Launch, int]]:
@@ -64,17 +64,25 @@ def _in_two(launches: Iterator[tuple[Launch, int]]) -> Iterator[tuple[Launch, in
 
 
 def _launches(
-    shape: tuple[int, ...], dtype: torch.dtype, inverses: tuple[bool, ...]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    products: torch.dtype,
+    inverses: tuple[bool, ...],
 ) -> Iterator[tuple[Launch, int]]:
     for hidden in _HIDDEN.get(shape, ()):
         for inverse in inverses:
-            for launch in _recorded(shape, dtype, hidden, inverse):
+            for launch in _recorded(shape, dtype, products, hidden, inverse):
                 by_weights = launch.options.get("FUSED", "KERNEL" in launch.options)
-                yield launch, dtype.itemsize * (hidden if by_weights else shape[0] // 2)
+                row = products.itemsize * hidden if by_weights else dtype.itemsize * shape[0] // 2
+                yield launch, row
 
 
 def _recorded(
-    shape: tuple[int, ...], dtype: torch.dtype, hidden: int, inverse: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    products: torch.dtype,
+    hidden: int,
+    inverse: bool,
 ) -> list[Launch]:
     channels, height, width = shape
     moved = channels // 2
@@ -90,6 +98,6 @@ def _recorded(
     log_scale, bias, gain, log_det = (tensor(n) for n in (channels, channels, moved, _SAMPLES))
     norm, form = (log_scale, bias, gain), CouplingForm()
     with recording() as made:
-        triton_impl.map(x, *weights, *norm, log_det, form, False, inverse)
-        triton_impl.gradients(x, log_det, x, *weights, *norm, form, False, inverse)
+        triton_impl.map(x, *weights, *norm, log_det, form, False, inverse, products)
+        triton_impl.gradients(x, log_det, x, *weights, *norm, form, False, inverse, products)
     return made

@@ -1,6 +1,7 @@
 """Launchers of native.cpp: float32 CPU tensors in, tensors out, as in reference.py.
 
 Contiguous x is used as it is, channels-last x copied to it and back. The hidden layer is never stored.
+`products` is float32 like all else.
 """
 
 from typing import Any
@@ -67,6 +68,7 @@ def map(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     operands = weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det
     out, total, _ = map_keeping(x.contiguous(), *operands, form.key, flip, inverse)
@@ -87,6 +89,7 @@ def gradients(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     layers: tuple[Tensor, Tensor, Tensor, Tensor] = weight1, bias1, weight2, bias2
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None] = log_scale, bias, gain

@@ -1,5 +1,7 @@
 """The op: implementations bound into custom operators, autograd and the public functions."""
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +18,10 @@ from . import native_impl, reference
 __all__ = ["apply", "conv_coupling", "conv_coupling_inverse"]
 
 _SIZES = (1, 3)  # of the convolutions' kernels
+_NARROW = (torch.float16, torch.bfloat16)
 
 
-def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+def _implementation(products: torch.dtype, x: Tensor, *others: Tensor | None) -> ModuleType:
     """Native code takes float32 alone; float64 on a GPU, whose tiles do not fit the registers, takes the
     reference."""
     backend = _backend.choose(x, *others)
@@ -26,14 +29,29 @@ def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
         from . import triton_impl  # only here: triton is not installed everywhere
 
         return triton_impl
-    if backend == "native" and all(t is None or t.dtype is torch.float32 for t in (x, *others)):
-        return native_impl
+    if backend == "native" and products is torch.float32:
+        if all(t is None or t.dtype is torch.float32 for t in (x, *others)):
+            return native_impl
     return reference
+
+
+def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body outside autocast, which would choose other types for what the reference calls."""
+
+    @functools.wraps(body)
+    def call(x: Tensor, *others: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return body(x, *others)
+        with torch.autocast(x.device.type, enabled=False):
+            return body(x, *others)
+
+    return call
 
 
 # --- bodies: arranged operands to the implementation that fits them ------------------------------
 
 
+@_without_autocast
 def _map_body(
     x: Tensor,
     weight1: Tensor,
@@ -47,13 +65,15 @@ def _map_body(
     form: str,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
     operands = (*_arranged(x), *contiguous(*parameters, log_det))
-    implementation = _implementation(*operands)
-    return implementation.map(*operands, CouplingForm.parse(form), flip, inverse)
+    implementation = _implementation(products, *operands)
+    return implementation.map(*operands, CouplingForm.parse(form), flip, inverse, products)
 
 
+@_without_autocast
 def _gradients_body(
     grad: Tensor,
     grad_log_det: Tensor,
@@ -68,12 +88,14 @@ def _gradients_body(
     form: str,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
     out, grad = _arranged(out, grad)
     operands = (grad, grad_log_det.contiguous(), out, *contiguous(*parameters))
-    implementation = _implementation(*operands[2:])
-    grads = implementation.gradients(*operands, CouplingForm.parse(form), flip, inverse)
+    implementation = _implementation(products, *operands[2:])
+    choices = CouplingForm.parse(form), flip, inverse, products
+    grads = implementation.gradients(*operands, *choices)
     # An operator returns tensors only: an empty one stands for that of an operand not given.
     return tuple(out.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
@@ -88,7 +110,7 @@ def _map_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _gradients_fake(
     grad: Tensor, grad_log_det: Tensor, out: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *parameters, _, _, _ = others
+    parameters = others[:-4]
     grads = (out.new_empty(0) if v is None else v.new_empty(v.shape) for v in parameters)
     return _new(out, out.shape[1]), *grads  # type: ignore[return-value]
 
@@ -116,12 +138,13 @@ class _ConvCoupling(torch.autograd.Function):
         form: str,
         flip: bool,
         inverse: bool,
+        products: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         parameters = weight1, bias1, weight2, bias2, log_scale, bias, gain
-        out, total = map_operator(x, *parameters, log_det, form, flip, inverse)
+        out, total = map_operator(x, *parameters, log_det, form, flip, inverse, products)
         ctx.save_for_backward(out, *parameters)
-        ctx.choices = form, flip, inverse
+        ctx.choices = form, flip, inverse, products
         ctx.accumulates = log_det is not None
         return out, total
 
@@ -139,7 +162,7 @@ class _ConvCoupling(torch.autograd.Function):
         )
         grad_x, *grads = gradients_operator(*given, out, *parameters, *ctx.choices)
         present = (g if v is not None else None for g, v in zip(grads, parameters, strict=True))
-        return (grad_x, *present, grad_total if ctx.accumulates else None, *(None,) * 3)
+        return (grad_x, *present, grad_total if ctx.accumulates else None, *(None,) * 4)
 
 
 class _Keeping(torch.autograd.Function):
@@ -192,11 +215,14 @@ def apply(
     form: CouplingForm = PLAIN,
     flip: bool = False,
     inverse: bool = False,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op without the checks, for callers whose operands fit by construction."""
     operands = (x, weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det)
-    function = _Keeping if _is_ready(*operands) else _ConvCoupling
-    return function.apply(*operands, form.key, flip, inverse)
+    products = x.dtype if products is None else products
+    if products is x.dtype and _is_ready(*operands):
+        return _Keeping.apply(*operands, form.key, flip, inverse)
+    return _ConvCoupling.apply(*operands, form.key, flip, inverse, products)
 
 
 # --- public functions ----------------------------------------------------------------------------
@@ -213,6 +239,7 @@ def _check_all(
     bias: Tensor | None,
     gain: Tensor | None,
     log_det: Tensor | None,
+    products: torch.dtype | None,
 ) -> None:
     if x.dim() != 4 or x.shape[1] < 2 or 0 in x.shape[2:]:
         raise ValueError(
@@ -241,6 +268,10 @@ def _check_all(
         check("gain", gain, (moved,), x)
     if log_det is not None:
         check("log_det", log_det, (x.shape[0],), x, accumulate_dtype(x))
+    wanted = [x.dtype] if x.dtype in _NARROW else [x.dtype, *_NARROW]
+    if products is not None and products not in wanted:
+        types = " or ".join(map(str, wanted))
+        raise ValueError(f"products: got {products}, want {types} for {name} of {x.dtype}")
 
 
 def conv_coupling(
@@ -256,6 +287,7 @@ def conv_coupling(
     *,
     form: CouplingForm = PLAIN,
     flip: bool = False,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Actnorm, then affine coupling with a convolutional conditioner, whose hidden layer is never stored.
 
@@ -283,6 +315,9 @@ def conv_coupling(
         log_det: (B,) in nats, float32 (float64 for float64 x); None counts as zero.
         form: the compile-time choices.
         flip: whether the transformed part comes first.
+        products: float16 or bfloat16: the type of the operands of both convolutions, of which a wider
+            x and wider weights are rounded copies, as autocast has it. Sums, results and gradients keep
+            their types. None: that of x.
 
     Returns:
         y, in the shape, type and memory format of x, and the given log_det plus this step's: a
@@ -294,8 +329,8 @@ def conv_coupling(
     Source: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017, eq. 7–8.
     """
     operands = (weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det)
-    _check_all("x", x, *operands)
-    return apply(x, *operands, form, flip)
+    _check_all("x", x, *operands, products)
+    return apply(x, *operands, form, flip, products=products)
 
 
 def conv_coupling_inverse(
@@ -311,6 +346,7 @@ def conv_coupling_inverse(
     *,
     form: CouplingForm = PLAIN,
     flip: bool = False,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `conv_coupling`.
 
@@ -324,5 +360,5 @@ def conv_coupling_inverse(
     the inverse.
     """
     operands = (weight1, bias1, weight2, bias2, log_scale, bias, gain, log_det)
-    _check_all("y", y, *operands)
-    return apply(y, *operands, form, flip, inverse=True)
+    _check_all("y", y, *operands, products)
+    return apply(y, *operands, form, flip, inverse=True, products=products)

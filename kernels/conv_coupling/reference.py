@@ -2,10 +2,10 @@
 
 Every function takes and returns whole tensors and works on any device and floating type. Arithmetic is
 float64 for float64 x and float32 for all others; results have the type and the memory format of the
-tensor they belong to. Of 16-bit x the operands of the convolutions are rounded to its type: the input, as
-the output's identity part is, weights, hidden units and, in the backward, the gradients of both
-convolutions' outputs. Their sums are not. The backward knows only the output: the conditioner's input is
-in it, and the conditioner is run again. Symbols and derivation: README.md.
+tensor they belong to. The operands of the convolutions are rounded to the type `products`: the input,
+weights, hidden units and, in the backward, the gradients of both convolutions' outputs. Their sums are not.
+The backward knows only the output: the conditioner's input is in it, and the conditioner is run again.
+Symbols and derivation: README.md.
 
 Operands that may be absent: `log_scale` with `bias` (no actnorm), `gain` (1), `log_det` (0).
 """
@@ -39,19 +39,13 @@ def _conditioner_input(
     return coupling.identity(x, log_scale, bias, None, moved, form, flip)
 
 
-def _rounded(v: Tensor, x: Tensor) -> Tensor:
-    """With the digits of x's type, in the type of the arithmetic."""
-    return _wide(v.to(x.dtype), x)
+def _rounded(v: Tensor, x: Tensor, products: torch.dtype) -> Tensor:
+    """With the digits of the products' operands, in the type of the arithmetic."""
+    return _wide(v.to(products), x)
 
 
-def _before_relu(a: Tensor, weight1: Tensor, bias1: Tensor) -> Tensor:
-    weight1 = _rounded(weight1, a)
-    return F.conv2d(_wide(a, a), weight1, _wide(bias1, a), padding=weight1.shape[2] // 2)
-
-
-def _params(h: Tensor, a: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    weight2 = _rounded(weight2, a)
-    return F.conv2d(h, weight2, _wide(bias2, a), padding=weight2.shape[2] // 2)
+def _convolution(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(v, weight, bias.to(v.dtype), padding=weight.shape[2] // 2)
 
 
 def map(
@@ -67,12 +61,14 @@ def map(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Output of the chosen direction and the accumulated log-det."""
     norm = (None, None) if inverse else (log_scale, bias)
     a = _conditioner_input(x, weight2.shape[0] // 2, *norm, form, flip)
-    h = _rounded(_before_relu(a, weight1, bias1).relu(), a)
-    params = _params(h, a, weight2, bias2)
+    a, w1, w2 = (_rounded(v, x, products) for v in (a, weight1, weight2))
+    h = _rounded(_convolution(a, w1, bias1).relu(), x, products)
+    params = _convolution(h, w2, bias2)
     return coupling.map(x, params, log_scale, bias, gain, log_det, None, form, flip, inverse)
 
 
@@ -90,14 +86,16 @@ def gradients(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `map`'s x, both weights and biases, log_scale, bias and gain, from its output."""
     moved, pad = weight2.shape[0] // 2, weight1.shape[2] // 2
     norm = (log_scale, bias) if inverse else (None, None)
-    a = _conditioner_input(out, moved, *norm, form, flip)
-    before_relu = _before_relu(a, weight1, bias1)
-    h = _rounded(before_relu.relu(), a)
-    params = _params(h, a, weight2, bias2)
+    u = _conditioner_input(out, moved, *norm, form, flip)
+    a, w1, w2 = (_rounded(v, out, products) for v in (u, weight1, weight2))
+    before_relu = _convolution(a, w1, bias1)
+    h = _rounded(before_relu.relu(), out, products)
+    params = _convolution(h, w2, bias2)
     grad_x, grad_params, grad_log_scale, grad_bias, grad_gain = coupling.gradients(
         _wide(grad_out, out),
         grad_log_det,
@@ -106,19 +104,18 @@ def gradients(
     )
     assert grad_params is not None
 
-    w1, w2 = _rounded(weight1, out), _rounded(weight2, out)
-    rounded = _rounded(grad_params, out)
+    rounded = _rounded(grad_params, out, products)
     grad_h = conv2d_input(h.shape, w2, rounded, padding=pad) * (before_relu > 0)
     grad_weight2 = conv2d_weight(h, w2.shape, rounded, padding=pad)
-    rounded = _rounded(grad_h, out)
+    rounded = _rounded(grad_h, out, products)
     grad_a = conv2d_input(a.shape, w1, rounded, padding=pad)
-    grad_weight1 = conv2d_weight(_wide(a, out), w1.shape, rounded, padding=pad)
+    grad_weight1 = conv2d_weight(a, w1.shape, rounded, padding=pad)
 
     # The conditioner's input is actnorm's output in the forward, and the given y in the inverse.
     if not inverse and log_scale is not None and bias is not None:
         assert grad_log_scale is not None and grad_bias is not None
         grad_a, of_log_scale, of_bias = coupling.identity_backward(
-            *(grad_a, _wide(a, out), log_scale, bias, None, moved, form, flip)
+            *(grad_a, _wide(u, out), log_scale, bias, None, moved, form, flip)
         )
         grad_log_scale, grad_bias = grad_log_scale + of_log_scale, grad_bias + of_bias
     kept, changed = coupling.split(grad_x, moved, None, flip)

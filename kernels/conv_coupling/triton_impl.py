@@ -89,11 +89,11 @@ def _patches(
     x, pitch, begin, log_scale, bias, first, sample, pixel, valid, block, PART: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr,
     DENSE: tl.constexpr, SIGN: tl.constexpr, NORM_SHIFT_FIRST: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Columns block * BLOCK, ... of each row's patch: for every tap, PART channels of the pixel that
-    the tap reaches (SIGN 1), or by which the row is reached (SIGN -1). A pixel has pitch * VECTOR
-    channels, and the first that counts is begin * VECTOR."""
+    the tap reaches (SIGN 1), or by which the row is reached (SIGN -1), as operands of type TYPE. A pixel
+    has pitch * VECTOR channels, and the first that counts is begin * VECTOR."""
     channels, before = pitch * VECTOR, begin * VECTOR
     TAPS: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     k = block * BLOCK + tl.arange(0, BLOCK)
@@ -125,8 +125,8 @@ def _patches(
         lam = _spread(log_scale, before + channel, live, ACC)
         b = _spread(bias, before + channel, live, ACC)
         u = _affine(v.to(ACC), lam, b, False, NORM_SHIFT_FIRST)
-        v = tl.where(mask, u, 0.0).to(x.dtype.element_ty)
-    return v
+        v = tl.where(mask, u, 0.0)
+    return v.to(TYPE)
 
 
 @triton.jit
@@ -187,6 +187,7 @@ def _chunk(
     """UNITS hidden units from j on, or with `grad` the gradients before their ReLU. `a` and `g` are
     the patches, where they are one block."""
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
+    TYPE: tl.constexpr = w1.dtype.element_ty
     pre = tl.zeros((TILE, UNITS), ACC)
     if INPUTS >= PATCH * (CHANNELS - MOVED):
         w = _weights(w1, 0, j, hidden, INPUTS, UNITS)
@@ -195,7 +196,7 @@ def _chunk(
         for block in range(input_blocks):
             more = _patches(
                 x, pitch, begin, log_scale, bias, first, sample, pixel, valid, block, CHANNELS - MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, TYPE, ACC,
             )  # fmt: skip
             w = _weights(w1, block * INPUTS, j, hidden, INPUTS, UNITS)
             pre = tl.dot(more, w, pre, input_precision=PRECISION, out_dtype=ACC)
@@ -211,12 +212,12 @@ def _chunk(
             for block in range(output_blocks):
                 grads = _patches(
                     grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, block,
-                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, TYPE, ACC,
                 )  # fmt: skip
                 v = _weights(w2t, block * OUTPUTS, j, hidden, OUTPUTS, UNITS)
                 up = tl.dot(grads, v, up, input_precision=PRECISION, out_dtype=ACC)
         value = tl.where(pre > 0, up, 0.0)
-    return value.to(x.dtype.element_ty)
+    return value.to(TYPE)
 
 
 @triton.jit
@@ -238,19 +239,20 @@ def _products(
     PIXELS: tl.constexpr = 1 if DENSE else HEIGHT * WIDTH
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     LENGTH: tl.constexpr = PATCH * (2 * MOVED if grad is None else CHANNELS - MOVED)
+    TYPE: tl.constexpr = w1.dtype.element_ty
     for tile in range((PIXELS + TILE - 1) // TILE):
         first, sample, pixel, valid = _rows(group, tile, samples, PIXELS, SLOTS, TILE)
         a, g = None, None
         if INPUTS >= PATCH * (CHANNELS - MOVED):
             a = _patches(
                 x, pitch, begin, log_scale, bias, first, sample, pixel, valid, 0, CHANNELS - MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, ACC,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, NORM_SHIFT_FIRST, INPUTS, VECTOR, TYPE, ACC,
             )  # fmt: skip
         if grad is not None:
             if OUTPUTS >= PATCH * 2 * MOVED:
                 g = _patches(
                     grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, 0, 2 * MOVED,
-                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                    HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, TYPE, ACC,
                 )  # fmt: skip
         to = scratch + (split.to(tl.int64) * rows + first * PIXELS) * LENGTH
         to += ((sample * PIXELS + pixel) * LENGTH)[:, None]
@@ -279,7 +281,8 @@ def _products(
             for block in range(COLUMN_BLOCKS):
                 at = block * COLUMNS + column
                 w = _weights(second, j, block * COLUMNS, SECOND_WIDTH, UNITS, COLUMNS)
-                part = tl.dot(h, w, input_precision=PRECISION, out_dtype=ACC)
+                none = tl.zeros((TILE, COLUMNS), ACC)
+                part = tl.dot(h, w, none, input_precision=PRECISION, out_dtype=ACC)
                 tl.store(to + at[None, :], part, mask=valid[:, None] & (at < LENGTH)[None, :])
 
 
@@ -616,6 +619,7 @@ def _weights_kernel(
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     PATCH: tl.constexpr = HEIGHT * WIDTH if DENSE else KERNEL * KERNEL
     LENGTH: tl.constexpr = PATCH * (2 * MOVED if SECOND else CHANNELS - MOVED)
+    TYPE: tl.constexpr = w1t.dtype.element_ty
     blocks = hidden // UNITS * COLUMN_BLOCKS
     part = tl.program_id(0) // blocks
     column_block = tl.program_id(0) % COLUMN_BLOCKS
@@ -633,7 +637,7 @@ def _weights_kernel(
         for block in range(input_blocks):
             a = _patches(
                 x, pitch, begin, None, None, first, sample, pixel, valid, block, CHANNELS - MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, INPUTS, VECTOR, ACC,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, INPUTS, VECTOR, TYPE, ACC,
             )  # fmt: skip
             w = _weights(w1t, j, block * INPUTS, FIRST_WIDTH, UNITS, INPUTS)
             pre = tl.dot(w, tl.trans(a), pre, input_precision=PRECISION, out_dtype=ACC)
@@ -642,14 +646,14 @@ def _weights_kernel(
             value = tl.maximum(pre, 0.0)
             other = _patches(
                 grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, column_block,
-                2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, ACC,
+                2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, COLUMNS, GRAD_VECTOR, TYPE, ACC,
             )  # fmt: skip
         else:
             up = tl.zeros((UNITS, TILE), ACC)
             for block in range(output_blocks):
                 g = _patches(
                     grad, 2 * MOVED // GRAD_VECTOR, 0, None, None, first, sample, pixel, valid, block,
-                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, ACC,
+                    2 * MOVED, HEIGHT, WIDTH, KERNEL, DENSE, -1, False, OUTPUTS, GRAD_VECTOR, TYPE, ACC,
                 )  # fmt: skip
                 v = _weights(w2, j, block * OUTPUTS, SECOND_WIDTH, UNITS, OUTPUTS)
                 up = tl.dot(v, tl.trans(g), up, input_precision=PRECISION, out_dtype=ACC)
@@ -657,10 +661,9 @@ def _weights_kernel(
             total_b += tl.sum(value, axis=1)
             other = _patches(
                 x, pitch, begin, None, None, first, sample, pixel, valid, column_block, CHANNELS - MOVED,
-                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, COLUMNS, VECTOR, ACC,
+                HEIGHT, WIDTH, KERNEL, DENSE, 1, False, COLUMNS, VECTOR, TYPE, ACC,
             )  # fmt: skip
-        value = value.to(x.dtype.element_ty)
-        total = tl.dot(value, other, total, input_precision=PRECISION, out_dtype=ACC)
+        total = tl.dot(value.to(TYPE), other, total, input_precision=PRECISION, out_dtype=ACC)
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     row = part.to(tl.int64) * hidden + unit
     at = (row * LENGTH)[:, None] + column[None, :]
@@ -673,9 +676,9 @@ def _weights_kernel(
 # --- constants ---
 
 
-def _vector(x: Tensor, *sizes: int) -> int:
+def _vector(dtype: torch.dtype, *sizes: int) -> int:
     """Elements that divide all sizes, 16 bytes at most."""
-    widest = 16 // x.element_size()
+    widest = 16 // dtype.itemsize
     n = functools.reduce(lambda a, b: a | b, sizes)
     return min(n & -n, widest)
 
@@ -695,7 +698,7 @@ def _constants(x: Tensor, plan: Plan, flip: bool) -> dict[str, Any]:
         "INPUTS": plan.inputs,
         "input_blocks": plan.input_blocks,
         "TILE": plan.tile,
-        "VECTOR": min(_vector(x, kept, plan.channels, first), plan.inputs),
+        "VECTOR": min(_vector(x.dtype, kept, plan.channels, first), plan.inputs),
         # Of float32 operands; close to float32, at a third of the speed of TF32. README.md: Precision.
         "PRECISION": "tf32x3",
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
@@ -751,7 +754,7 @@ class _Operands(NamedTuple):
 
     plan: Plan
     constants: dict[str, Any]
-    w1: Tensor  # (patch of the input, hidden)
+    w1: Tensor  # (patch of the input, hidden), in the products' type like w2
     b1: Tensor
     w2: Tensor  # (hidden, patch of the output)
     b2: Tensor
@@ -777,18 +780,19 @@ def _operands(
     bias2: Tensor,
     form: CouplingForm,
     flip: bool,
+    products: torch.dtype,
 ) -> _Operands:
     _, channels, height, width = x.shape
     outputs, hidden, size, _ = weight2.shape
-    plan = make_plan(channels, outputs // 2, height, width, size, hidden, x.dtype)
+    plan = make_plan(channels, outputs // 2, height, width, size, hidden, products)
     acc = accumulate_dtype(x)
     w1, b1, w2 = laid_out(weight1, bias1, weight2, form, plan)
     return _Operands(
         plan,
         _constants(x, plan, flip) | {"NORM_SHIFT_FIRST": form.norm_shift_first},
-        padded(w1, plan.first_width, plan.hidden, x.dtype),
+        padded(w1, plan.first_width, plan.hidden, products),
         F.pad(b1.to(acc), (0, plan.hidden - b1.shape[0])),
-        padded(w2, plan.hidden, plan.second_width, x.dtype),
+        padded(w2, plan.hidden, plan.second_width, products),
         halves(bias2.to(acc), form),
     )
 
@@ -861,8 +865,9 @@ def map(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    operands = _operands(x, weight1, bias1, weight2, bias2, form, flip)
+    operands = _operands(x, weight1, bias1, weight2, bias2, form, flip, products)
     plan, nhwc = operands.plan, _nhwc(x)
     out, total = torch.empty_like(nhwc), x.new_empty(x.shape[0], dtype=accumulate_dtype(x))
     weights, place = (operands.w1, operands.b1), operands.place(plan.channels, flip)
@@ -902,8 +907,9 @@ def gradients(
     form: CouplingForm,
     flip: bool,
     inverse: bool,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    operands = _operands(out, weight1, bias1, weight2, bias2, form, flip)
+    operands = _operands(out, weight1, bias1, weight2, bias2, form, flip, products)
     plan, y, grad = operands.plan, _nhwc(out), _nhwc(grad_out)
     norm = log_scale, bias
     a = _conditioner_input(operands, out, y, norm, form, flip, inverse)
@@ -914,7 +920,7 @@ def gradients(
     outputs = {
         "OUTPUTS": plan.outputs,
         "output_blocks": plan.output_blocks,
-        "GRAD_VECTOR": min(_vector(out, 2 * plan.moved), plan.outputs),
+        "GRAD_VECTOR": min(_vector(products, 2 * plan.moved), plan.outputs),
     }
     kept = _through_conditioner(
         operands, y, grad, grad_params, norm, a, (w1t, w2t), grad_in, outputs, inverse
@@ -977,7 +983,7 @@ def _through_coupling(
     for each transformed channel the sums for log_scale, bias, gain and both halves of bias2."""
     plan, samples = operands.plan, y.shape[0]
     grad_in = torch.empty_like(y)
-    grad_params = y.new_empty(*y.shape[:3], 2 * plan.moved)
+    grad_params = y.new_empty(*y.shape[:3], 2 * plan.moved, dtype=operands.w2.dtype)
     slices, scratch = _slices(y, plan, plan.forward, 2 * plan.moved)
     groups = plan.groups(samples, plan.slots, plan.tile) * plan.tiles
     sums = y.new_empty(groups, 5, plan.moved, dtype=scratch.dtype)
@@ -1054,7 +1060,7 @@ def _weight_gradient(
     samples = y.shape[0]
     length = plan.taps * (2 * plan.moved if second else plan.kept)
     columns, column_blocks = blocks(length, plan.widest, plan.widest)
-    units, tile = min(64, plan.hidden), 64 if y.element_size() == 2 else 32
+    units, tile = min(64, plan.hidden), 64 if w1t.element_size() == 2 else 32
     programs = plan.hidden // units * column_blocks
     tiles = plan.groups(samples, plan.row_slots, tile)
     tiles *= 1 if plan.dense else triton.cdiv(plan.pixels, tile)

@@ -1,7 +1,7 @@
 """Whether a coupling's conditioner runs as one op or layer by layer: read from a table of measurements.
 
-choices.json is written by `python -m benchmarks.choices`, a section for each kind of device and type; nothing
-is measured while a model runs. What has no section runs layer by layer.
+choices.json is written by `python -m benchmarks.choices`, a section for each kind of device and type of
+products; nothing is measured while a model runs. What has no section runs layer by layer.
 """
 
 import functools
@@ -53,8 +53,9 @@ def prefers_one_op(layer: Layer, samples: int, key: str) -> bool:
 
 
 @functools.cache
-def device_key(device: torch.device, dtype: torch.dtype) -> str:
-    """The section of the table: "cpu", or a GPU's instruction set with the type, as in "sm_90 bfloat16"."""
+def device_key(device: torch.device, products: torch.dtype) -> str:
+    """The section of the table: "cpu", or a GPU's instruction set with the type of the products, as in
+    "sm_90 bfloat16"."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -62,7 +63,7 @@ def device_key(device: torch.device, dtype: torch.dtype) -> str:
         chip = properties.gcnArchName.split(":")[0]
     else:
         chip = f"sm_{properties.major}{properties.minor}"
-    return f"{chip} {str(dtype).removeprefix('torch.')}"
+    return f"{chip} {str(products).removeprefix('torch.')}"
 
 
 @functools.lru_cache(maxsize=1024)

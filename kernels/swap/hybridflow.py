@@ -49,7 +49,8 @@ class FusedFlowStep(Fused):
         if (layers := _dense_layers(coupling, x)) is not None:
             return mlp_coupling(x, *layers, *vectors, coupling.gain, log_det, flip=flip)
         if (weights := _weights(coupling, x)) is not None:
-            return conv_coupling(x, *weights, *vectors, coupling.gain, log_det, flip=flip)
+            given = (*weights, *vectors, coupling.gain, log_det)
+            return conv_coupling(x, *given, flip=flip, products=_products(x))
         a, x = tap(x, coupling.channels // 2, *vectors, flip=flip)
         operands = (_params(coupling.conditioner, a), *vectors, coupling.gain, log_det)
         return actnorm_coupling(x, *operands, flip=flip)
@@ -60,7 +61,7 @@ class FusedFlowStep(Fused):
         if (layers := _dense_layers(coupling, y)) is not None:
             return mlp_coupling_inverse(y, *layers, *operands, flip=flip)
         if (weights := _weights(coupling, y)) is not None:
-            return conv_coupling_inverse(y, *weights, *operands, flip=flip)
+            return conv_coupling_inverse(y, *weights, *operands, flip=flip, products=_products(y))
         a, y = tap(y, coupling.channels // 2, flip=flip)
         params = _params(coupling.conditioner, a)
         return actnorm_coupling_inverse(y, params, *operands, flip=flip)
@@ -68,10 +69,7 @@ class FusedFlowStep(Fused):
 
 def _weights(coupling: Any, x: Tensor) -> _Weights | None:
     """The conditioner's, where it runs with the coupling as one op and that is faster."""
-    if x.dim() != 4 or not _is_eager(x):
-        return None
-    ready = x.dtype in _OF_CONV_COUPLING if _is_on_gpu(x) else is_native(x) and x.is_contiguous()
-    if not ready:
+    if x.dim() != 4 or not (_takes_products(x) if _is_on_gpu(x) else _is_ready_on_cpu(x)):
         return None
     kept = coupling.channels - coupling.channels // 2
     return _weights_of_one_op(coupling.conditioner, (x.shape[0], kept, *x.shape[2:]), x)
@@ -79,6 +77,23 @@ def _weights(coupling: Any, x: Tensor) -> _Weights | None:
 
 def _is_on_gpu(x: Tensor) -> bool:
     return x.is_cuda
+
+
+def _products(x: Tensor) -> torch.dtype:
+    """The type in which convolutions of x multiply."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _takes_products(x: Tensor) -> bool:
+    """Whether conv_coupling's kernels have these products of x."""
+    if torch.compiler.is_compiling() or x.dtype not in _OF_CONV_COUPLING:
+        return False
+    return x.dtype is torch.float32 or _products(x) is x.dtype
+
+
+def _is_ready_on_cpu(x: Tensor) -> bool:
+    return _is_eager(x) and is_native(x) and x.is_contiguous()
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -131,7 +146,7 @@ def _weights_of_one_op(conditioner: nn.Module, shape: Sequence[int], x: Tensor) 
     samples, inputs, height, width = shape
     sizes = (first.out_channels, second.out_channels, first.kernel_size[0])
     layer = Layer("conv", inputs, *sizes, height, width)
-    if not prefers_one_op(layer, samples, device_key(x.device, x.dtype)):
+    if not prefers_one_op(layer, samples, device_key(x.device, _products(x))):
         return None
     return first.weight, first.bias, second.weight, second.bias
 

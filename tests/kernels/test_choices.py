@@ -96,6 +96,20 @@ def test_the_command_rewrites_its_section_alone(tmp_path, monkeypatch, capsys):
     assert {*row["faster"]} == {"1", "3"} and all(r > 0 for r in row["faster"].values())
 
 
+@pytest.mark.parametrize("products", (torch.float32, torch.bfloat16))
+def test_narrow_products_are_measured_under_autocast(monkeypatch, products):
+    taken = []
+    run = command._run
+
+    def watched(step, x, *others):
+        step.coupling.conditioner[0].register_forward_hook(lambda *a: taken.append(a[2].dtype))
+        run(step, x, *others)
+
+    monkeypatch.setattr(command, "_run", watched)
+    row = command.measure(LARGE._replace(height=2, width=2), torch.device("cpu"), products, (1,), 0)
+    assert {*taken} == {products} and row["faster"][1] > 0
+
+
 def test_the_command_refuses_types_that_have_no_op(tmp_path, capsys):
     path = tmp_path / "choices.json"
     with pytest.raises(SystemExit):

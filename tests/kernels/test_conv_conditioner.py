@@ -1,5 +1,8 @@
 """The conditioner as an op, and in a fused step. Its kernels: test_conv_conditioner_native.py."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +183,79 @@ def test_any_other_conditioner_runs_as_it_is(calls, conditioner):
     for got, want in zip(model(x), before, strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
     assert not calls
+
+
+def recorded(monkeypatch):
+    """Both directions of conv_coupling as the step calls them, and the products asked for, on a "GPU"."""
+    asked = []
+    monkeypatch.setattr(swap, "_is_on_gpu", lambda x: True)
+
+    def call(op, *args, products, **choices):
+        asked.append((op.__name__, products))
+        return op(*args, products=products, **choices)
+
+    for op in (swap.conv_coupling, swap.conv_coupling_inverse):
+        monkeypatch.setattr(swap, op.__name__, functools.partial(call, op))
+    return asked
+
+
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+def test_under_autocast_on_a_gpu_the_step_is_one_op_with_its_products(
+    calls, monkeypatch, direction
+):
+    """Results and gradients stay float32, and are as near to the exact ones as layer by layer."""
+    asked, keys = recorded(monkeypatch), []
+    device_key = swap.device_key
+    monkeypatch.setattr(swap, "device_key", lambda *a: keys.append(a[1]) or device_key(*a))
+    model, x = step(), torch.randn(9, 6, 4, 4)
+
+    def run(model, x):
+        got = getattr(model, direction)(x)
+        return [*got, *torch.autograd.grad(sum(t.sum() for t in got), [*model.parameters()])]
+
+    exact = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(model, x)
+        fuse(model)
+        got = run(model, x)
+    op = "conv_coupling" if direction == "forward" else "conv_coupling_inverse"
+    assert asked == [(op, torch.bfloat16)] and keys == [torch.bfloat16] and not calls
+    assert all(g.dtype is torch.float32 for g in got)
+
+    def error(results):
+        return sum((r - e).norm() / e.norm() for r, e in zip(results, exact, strict=True))
+
+    assert error(got) <= 2 * error(plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "products"),
+    (
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float16, None),
+        (torch.float64, torch.bfloat16, None),
+    ),
+    ids=str,
+)
+def test_products_on_a_gpu_are_those_of_autocast(monkeypatch, dtype, autocast, products):
+    """None: the layers run as they are."""
+    asked, model = recorded(monkeypatch), step().to(dtype)
+    fuse(model)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        model(torch.randn(9, 6, 4, 4, dtype=dtype))
+    assert asked == ([("conv_coupling", products)] if products else [])
+
+
+def test_while_it_is_traced_the_step_is_not_one_op(monkeypatch):
+    asked, model = recorded(monkeypatch), step()
+    fuse(model)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(9, 6, 4, 4))
+    assert not asked
 
 
 def test_it_is_not_taken_where_the_table_says_so_or_under_autocast(calls):
