@@ -54,7 +54,7 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
     ],
     "mnist-small": [["--fused", "--preset", "mnist-small"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
-    "cifar10-small": [["--fused", "--preset", "cifar10-small"]],
+    "cifar10-small": [["--fused", "--preset", "cifar10-small", "--precision", "bf16"]],
     "time-to-accuracy": [
         [*fused, "--steps", "500", "--eval-every", "5", "--seed", str(seed)]
         for seed in range(3)
