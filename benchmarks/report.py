@@ -53,6 +53,32 @@ def digits_ablation(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def pinwheel_bridges(records: list[dict[str, Any]]) -> str:
+    """Mass between the arms, a row per objective, and that of the data."""
+    lines = [
+        "| objective | mass between the arms, % | flow, % | discriminator, % | bits/dim |",
+        "|---|---|---|---|---|",
+    ]
+    for row, name in ROW_NAMES.items():
+        runs = [r for r in records if r["results"]["objective"] == row]
+        if not runs:
+            continue
+        mass = _spread([100 * r["bridges"]["mass_between_arms"] for r in runs], 1)
+        flow, discriminator = (
+            _spread([100 * r["results"][f"{head}_accuracy"] for r in runs], 1) for head in MARKS
+        )
+        bits = _spread([r["results"]["bits_per_dim"] for r in runs], 2)
+        lines.append(f"| {name} | {mass} | {flow} | {discriminator} | {bits} |")
+    data = mean(100 * r["bridges"]["mass_between_arms_of_data"] for r in records)
+    lines.append(f"| new data | {data:.1f} | | | |")
+    seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
+    lines.append(
+        f"\n{results['dataset']}, {results['labels']} labels, {results['steps']} steps: samples where "
+        f"the data have nothing, mean ± standard deviation over {seeds} seeds. {_hardware(records)}."
+    )
+    return "\n".join(lines)
+
+
 def small_runs(records: list[dict[str, Any]]) -> str:
     """A row per run of the -small presets."""
     lines = [
@@ -128,6 +154,7 @@ def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]],
 
 TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]] = {
     "digits-ablation": (digits_ablation, ("digits-ablation",)),
+    "pinwheel-bridges": (pinwheel_bridges, ("pinwheel-bridges",)),
     "small-runs": (small_runs, ("mnist-small", "fashion-mnist-small", "cifar10-small")),
 } | {
     f"kernels-{device}{name}": (_of_kernels(table), (f"kernels-{device}",))
@@ -161,7 +188,10 @@ PICTURES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ("step", pictures.waterfall, ("step",)),
         ("scaling", pictures.scaling, ("scaling",)),
     )
-} | {"roofline-cpu": (pictures.roofline, ("kernels-cpu", "flows-cpu", "conditioners-cpu"))}
+} | {
+    "pinwheel-bridges": (pictures.bridges, ("pinwheel-bridges",)),
+    "roofline-cpu": (pictures.roofline, ("kernels-cpu", "flows-cpu", "conditioners-cpu")),
+}
 """By name: what draws it from the contents of its results files, a path and their digest."""
 
 
