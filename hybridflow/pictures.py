@@ -238,7 +238,8 @@ def path_rows(
     rows, columns, channels, height, width = pixels.shape
     pixels = np.nan_to_num(pixels, nan=0.0).clip(0, 1).transpose(0, 3, 1, 4, 2)
     strips = pixels.reshape(rows, height, columns * width, channels).repeat(3 // channels, axis=3)
-    curves, styles = _path_curves(paths, ends, class_names)
+    colours = COLOURS[0], COLOURS[2]  # those of the classes may be alike
+    curves, styles = _path_curves(paths, [class_names[end] for end in ends], colours)
 
     tile, left, right, above, below, gap = 0.75, 0.5, 0.2, 0.85, 0.45, 0.2  # inches
     image_height, curve_height = tile * height / width, 0.5
@@ -255,6 +256,7 @@ def path_rows(
         top = above + row * row_height
         images = axes_at(top, image_height)
         images.imshow(strip, extent=(0, columns, 0, 1), aspect="auto", interpolation="nearest")
+        images.vlines(range(1, columns), 0, 1, color="white", linewidth=2)
         images.set_axis_off()
         axes = axes_at(top + image_height, curve_height)
         for values, style in zip(curves[row].T, styles, strict=True):
@@ -264,6 +266,7 @@ def path_rows(
     axes.set_xticklabels([f"{beta:.2g}" for beta in paths.beta.tolist()])
     axes.set_xlabel("β")
     handles = [Line2D([], [], **style) for style in styles]
+    handles.insert(2, Line2D([], [], linestyle="", label=""))  # a column for each head
     figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False)
     _write(figure, path)
 
@@ -292,15 +295,16 @@ def paths_in_the_plane(
     points = _points("data points", data[0], wanted_dims=2)
     labels = _labels("data labels", data[1], points, class_names)
     lines = _points("paths", paths.x.flatten(0, -2), wanted_dims=2).reshape(*paths.x.shape[:2], 2)
-    curves, styles = _path_curves(paths, ends, class_names)
+    colours = [COLOURS[end % len(COLOURS)] for end in ends]
+    curves, styles = _path_curves(paths, [class_names[end] for end in ends], colours)
     figure = Figure(figsize=(11, 5.5), dpi=DPI, layout="constrained")
     panels = figure.subplot_mosaic([["plane", "flow"], ["plane", "discriminator"]])
     plane = panels["plane"]
     _scatter(plane, points, labels, len(class_names))
     for line in lines:
         plane.plot(*line.T, color="black", linewidth=1.2, zorder=3, path_effects=_HALO)
-    for end, place in zip(ends, (lines[:, 0], lines[:, -1]), strict=True):
-        look = {"color": COLOURS[end % len(COLOURS)], "marker": MARKERS[end % len(MARKERS)]}
+    for end, place, colour in zip(ends, (lines[:, 0], lines[:, -1]), colours, strict=True):
+        look = {"color": colour, "marker": MARKERS[end % len(MARKERS)]}
         plane.scatter(*place.T, s=60, edgecolors="black", zorder=4, **look)
     plane.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", **_frame(points, *lines))
     for head, shown in (("flow", slice(0, 2)), ("discriminator", slice(2, 5))):
@@ -317,15 +321,14 @@ def paths_in_the_plane(
 
 
 def _path_curves(
-    paths: Paths, ends: tuple[int, int], class_names: Sequence[str]
+    paths: Paths, names: Sequence[str], colours: Sequence[str]
 ) -> tuple[Floats, list[dict[str, str]]]:
     """The five probabilities along n paths (n, S, 5), and how each is drawn."""
     curves = np.concatenate([_floats(paths.flow), _floats(paths.discriminator)], axis=2)
-    colours = [COLOURS[end % len(COLOURS)] for end in ends]
     styles = [
-        {"label": f"{head}: p({class_names[end]} | x)", "color": colour, "linestyle": dashes}
+        {"label": f"{head}: p({name} | x)", "color": colour, "linestyle": dashes}
         for head, dashes in (("flow", "-"), ("discriminator", "--"))
-        for end, colour in zip(ends, colours, strict=True)
+        for name, colour in zip(names, colours, strict=True)
     ]
     generated = {"label": "discriminator: p(generated | x)", "color": "black", "linestyle": ":"}
     return curves, [*styles, generated]

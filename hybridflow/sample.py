@@ -78,7 +78,9 @@ def _sample(
     if interpolate is not None:
         a, b = (find_class(text, trained.class_names) for text in interpolate)
         if a == b:
-            raise InputError(f"--interpolate: got {' '.join(interpolate)}, want two classes")
+            raise InputError(
+                f"--interpolate: got {' '.join(interpolate)}, want two different classes"
+            )
         path = out or folder.picture(f"interpolation-{a}-{b}-{seed}")
         _picture_paths(trained, (a, b), count, temperature, seed, path)
     else:
