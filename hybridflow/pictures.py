@@ -304,8 +304,10 @@ def paths_in_the_plane(
     for line in lines:
         plane.plot(*line.T, color="black", linewidth=1.2, zorder=3, path_effects=_HALO)
     for end, place, colour in zip(ends, (lines[:, 0], lines[:, -1]), colours, strict=True):
-        look = {"color": colour, "marker": MARKERS[end % len(MARKERS)]}
-        plane.scatter(*place.T, s=60, edgecolors="black", zorder=4, **look)
+        marker = MARKERS[end % len(MARKERS)]
+        plane.scatter(
+            place[:, 0], place[:, 1], s=60, c=colour, marker=marker, edgecolors="black", zorder=4
+        )
     plane.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", **_frame(points, *lines))
     for head, shown in (("flow", slice(0, 2)), ("discriminator", slice(2, 5))):
         axes = panels[head]
@@ -322,10 +324,10 @@ def paths_in_the_plane(
 
 def _path_curves(
     paths: Paths, names: Sequence[str], colours: Sequence[str]
-) -> tuple[Floats, list[dict[str, str]]]:
+) -> tuple[Floats, list[dict[str, Any]]]:
     """The five probabilities along n paths (n, S, 5), and how each is drawn."""
     curves = np.concatenate([_floats(paths.flow), _floats(paths.discriminator)], axis=2)
-    styles = [
+    styles: list[dict[str, Any]] = [
         {"label": f"{head}: p({name} | x)", "color": colour, "linestyle": dashes}
         for head, dashes in (("flow", "-"), ("discriminator", "--"))
         for name, colour in zip(names, colours, strict=True)
