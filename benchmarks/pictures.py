@@ -286,7 +286,7 @@ def bridges(records: Sequence[Row], path: Path, source: str) -> None:
         title = f"{record['results']['objective']}\n{mass:.1f} % between the arms"
         panels[title] = [_points_of(text) for text in record["samples"]]
     options = {"ncols": len(panels), "sharex": True, "sharey": True}
-    with _figure(path, source, figsize=(3.2 * len(panels), 3.7), **options) as (figure, axes):
+    with _figure(path, source, figsize=(3.2 * len(panels), 4), **options) as (figure, axes):
         for axis, (title, classes) in zip(axes[0], panels.items(), strict=True):
             for points in classes:
                 axis.scatter(*points.T, s=6, alpha=0.7, linewidths=0)

@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
     "cifar10-small": [["--fused", "--preset", "cifar10-small"]],
     "pinwheel-bridges": [
         ["--fused", "--preset", "pinwheel", "--objective", row, "--seed", str(seed)]
-        for row in ("nll", "nll+adversarial")
+        for row in ("nll", "nll+adversarial", "full")
         for seed in range(3)
     ],
     "time-to-accuracy": [

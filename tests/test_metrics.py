@@ -165,7 +165,7 @@ def test_a_mixture_of_data_and_bridges_has_the_mass_of_its_bridges(name):
 
 def test_the_gap_of_the_moons_counts_as_between_and_scaling_changes_nothing():
     sets = [fresh_points("two-moons", 20_000, seed) for seed in (2, 3)]
-    gap = torch.zeros(1, 2)  # half-way between the moons' centres, each 0.56 away, of radius 1
+    gap = torch.tensor([[0.0, 0.3]])  # under the upper moon, above the lower
     assert mass_between_arms(gap, *sets) == 1
     assert mass_between_arms(7 * gap, *(7 * points for points in sets)) == 1
 
