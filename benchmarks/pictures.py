@@ -1,4 +1,4 @@
-"""Pictures of the training step, of cost against size, and of how far the machine's limits are."""
+"""Pictures of the training step, of cost against size, of the machine's limits, and of samples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from benchmarks.kernels import speed_up
 from benchmarks.step_tables import best_eager, cases, stages
 from benchmarks.workloads import FLOWS
 
-__all__ = ["roofline", "scaling", "waterfall"]
+__all__ = ["bridges", "roofline", "scaling", "waterfall"]
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -267,3 +267,36 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
         for i, name in enumerate(names)
     ]
     axis.legend(handles=handles, fontsize=7, frameon=False, loc="lower left", ncols=1)
+
+
+# --- samples in the plane ------------------------------------------------------------------------
+
+
+def bridges(records: Sequence[Row], path: Path, source: str) -> None:
+    """Data, and a panel of samples for each objective, of the first seed."""
+    from hybridflow.data import load_dataset
+
+    seed = records[0]["results"]["seed"]
+    shown = [r for r in records if r["results"]["seed"] == seed]
+    dataset = load_dataset(shown[0]["results"]["dataset"])
+    count = len(_points_of(shown[0]["samples"][0]))
+    panels = {"data": [dataset.test_x[dataset.test_y == k][:count] for k in range(dataset.classes)]}
+    for record in shown:
+        mass = 100 * record["bridges"]["mass_between_arms"]
+        title = f"{record['results']['objective']}\n{mass:.1f} % between the arms"
+        panels[title] = [_points_of(text) for text in record["samples"]]
+    options = {"ncols": len(panels), "sharex": True, "sharey": True}
+    with _figure(path, source, figsize=(3.2 * len(panels), 4), **options) as (figure, axes):
+        for axis, (title, classes) in zip(axes[0], panels.items(), strict=True):
+            for points in classes:
+                axis.scatter(*points.T, s=6, alpha=0.7, linewidths=0)
+            axis.set(title=title, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+            axis.title.set_fontsize(10)
+        figure.suptitle(f"{dataset.name}: samples of each class, seed {seed}", fontsize=11)
+
+
+def _points_of(text: str) -> Any:
+    """Points (N, 2) from their coordinates in turn."""
+    import numpy as np
+
+    return np.array(text.split(), dtype=float).reshape(-1, 2)

@@ -29,6 +29,7 @@ def _of_kernels(table: Callable[[Any], str]) -> Callable[[list[dict[str, Any]]],
 
 TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]] = {
     "digits-ablation": (run_tables.ablation, ("digits-ablation",)),
+    "pinwheel-bridges": (run_tables.bridges, ("pinwheel-bridges",)),
     "digits-best": (run_tables.best, ("digits-best",)),
     "digits-sweeps": (run_tables.sweeps, ("digits-beta", "digits-nll")),
     "published": (run_tables.published, ("mnist-small",)),
@@ -65,7 +66,10 @@ PICTURES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
         ("step", pictures.waterfall, ("step",)),
         ("scaling", pictures.scaling, ("scaling",)),
     )
-} | {"roofline-cpu": (pictures.roofline, ("kernels-cpu", "flows-cpu", "conditioners-cpu"))}
+} | {
+    "pinwheel-bridges": (pictures.bridges, ("pinwheel-bridges",)),
+    "roofline-cpu": (pictures.roofline, ("kernels-cpu", "flows-cpu", "conditioners-cpu")),
+}
 """By name: what draws it from the contents of its results files, a path and their digest."""
 
 

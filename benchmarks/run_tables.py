@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.training import BEST
 
-__all__ = ["ablation", "best", "published", "small_runs", "sweeps", "time_to_accuracy"]
+__all__ = ["ablation", "best", "bridges", "published", "small_runs", "sweeps", "time_to_accuracy"]
 
 MARKS = {"flow": 0.90, "discriminator": 0.95}
 ROW_NAMES = {
@@ -69,6 +69,32 @@ def sweeps(records: list[dict[str, Any]]) -> str:
     for (option, value), runs in by_value.items():
         lines.append(f"| `{option}` | {value} | {_accuracies(runs)} |")
     return "\n".join(lines) + _ending(records)
+
+
+def bridges(records: list[dict[str, Any]]) -> str:
+    """Mass between the arms, a row per objective, and that of the data."""
+    lines = [
+        "| objective | mass between the arms, % | flow, % | discriminator, % | bits/dim |",
+        "|---|---|---|---|---|",
+    ]
+    for row, name in ROW_NAMES.items():
+        runs = [r for r in records if r["results"]["objective"] == row]
+        if not runs:
+            continue
+        mass = _spread([100 * r["bridges"]["mass_between_arms"] for r in runs], 1)
+        flow, discriminator = (
+            _spread([100 * r["results"][f"{head}_accuracy"] for r in runs], 1) for head in MARKS
+        )
+        bits = _spread([r["results"]["bits_per_dim"] for r in runs], 2)
+        lines.append(f"| {name} | {mass} | {flow} | {discriminator} | {bits} |")
+    data = mean(100 * r["bridges"]["mass_between_arms_of_data"] for r in records)
+    lines.append(f"| new data | {data:.1f} | | | |")
+    seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
+    lines.append(
+        f"\n{results['dataset']}, {results['labels']} labels, {results['steps']} steps: samples where "
+        f"the data have nothing, mean ± standard deviation over {seeds} seeds. {_hardware(records)}."
+    )
+    return "\n".join(lines)
 
 
 _CITED = (

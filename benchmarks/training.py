@@ -15,8 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hybridflow.data import PLANAR, load_dataset
+from hybridflow.evaluate import bridges
 from hybridflow.launch import Job, launch, threads_per_run
-from hybridflow.run import RunFolder
+from hybridflow.run import RunFolder, TrainedRun
+from hybridflow.sample import draw_samples
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = [str(seed) for seed in range(5)]
@@ -32,6 +35,7 @@ BEST: dict[str, list[str]] = {
     "no shifts": ["--shift", "0"],
 }
 _BEST = ["--fused", "--preset", "digits-best"]
+_POINTS = 300  # of each class, in the picture of 2-D data
 EXPERIMENTS: dict[str, list[list[str]]] = {
     "digits-ablation": [
         ["--fused", "--objective", row, "--seed", seed] for row in ROWS for seed in SEEDS
@@ -55,6 +59,11 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
     "mnist-small": [["--fused", "--preset", "mnist-small"]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
     "cifar10-small": [["--fused", "--preset", "cifar10-small", "--precision", "bf16"]],
+    "pinwheel-bridges": [
+        ["--fused", "--preset", "pinwheel", "--objective", row, "--seed", str(seed)]
+        for row in ("nll", "nll+adversarial", "full")
+        for seed in range(3)
+    ],
     "time-to-accuracy": [
         [*fused, "--steps", "500", "--eval-every", "5", "--seed", str(seed)]
         for seed in range(3)
@@ -93,13 +102,16 @@ def main() -> None:
 
 
 def record_of(job: Job, arguments: list[str], threads: int) -> dict[str, Any]:
-    """A finished run's arguments, results and validation curve, with the seconds spent in steps alone."""
+    """A finished run's arguments, results and validation curve, with the seconds spent in steps alone.
+
+    Of 2-D data also the mass between the arms, and points sampled from each class.
+    """
     with job.folder.metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["validation_flow_accuracy"]]
     config = job.folder.read_config()
     images = config.batch_labelled + config.batch_unlabelled
     kept = ("step", "seconds", *(name for name in rows[0] if name.startswith("validation_")))
-    return {
+    record = {
         "arguments": arguments,
         "threads": threads,
         "processor": _processor(),
@@ -109,6 +121,15 @@ def record_of(job: Job, arguments: list[str], threads: int) -> dict[str, Any]:
             for row in rows
         ],
     }
+    if config.dataset in PLANAR:
+        run, dataset = TrainedRun.load(job.folder.path), load_dataset(config.dataset)
+        x, _ = draw_samples(run.model, dataset.classes, _POINTS)
+        record["bridges"] = bridges(run.model, dataset)
+        record["samples"] = [
+            " ".join(f"{v:.3f}" for v in of_class)
+            for of_class in x.view(dataset.classes, -1).tolist()
+        ]
+    return record
 
 
 def _step_seconds(row: dict[str, str], images: int) -> float:

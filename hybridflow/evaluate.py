@@ -13,7 +13,7 @@ from hybridflow.checkpoint import atomic_write_text
 from hybridflow.classifier import CLASSIFIER_STEPS, sample_accuracy, train_classifier
 from hybridflow.cli import command
 from hybridflow.config import DatasetName
-from hybridflow.data import Dataset, load_dataset, load_split
+from hybridflow.data import PLANAR, Dataset, fresh_points, load_dataset, load_split
 from hybridflow.errors import InputError
 from hybridflow.flow import MixtureFlow, dequantise
 from hybridflow.metrics import (
@@ -22,6 +22,7 @@ from hybridflow.metrics import (
     class_accuracy,
     expected_calibration_error,
     fit_temperature,
+    mass_between_arms,
     negative_log_likelihood,
     reliability_bins,
 )
@@ -32,7 +33,7 @@ from hybridflow.run import RunFolder, TrainedRun
 from hybridflow.sample import draw_samples
 from hybridflow.tables import text_table
 
-__all__ = ["calibration", "inversion_error", "summary"]
+__all__ = ["bridges", "calibration", "inversion_error", "summary"]
 
 _HEADS = ("flow", "discriminator")
 
@@ -55,8 +56,9 @@ def _evaluate(
     """Evaluate both heads of a trained run and its density, at its newest checkpoint.
 
     Prints accuracies, likelihoods, calibration before and after one temperature fitted on the
-    validation images, and the error of the inverse. They are written to evaluation-PART.json in the
-    run folder, with confusion matrices and reliability diagrams as pictures beside it.
+    validation images, the error of the inverse, and for 2-D data the mass between the arms. They are
+    written to evaluation-PART.json in the run folder, with confusion matrices and reliability diagrams
+    as pictures beside it.
 
     Args:
         run: The run folder.
@@ -87,6 +89,8 @@ def _evaluate(
     report: dict[str, Any] = {"part": part, "images": len(x), "step": trained.step}
     report |= summary(prediction, validation, dataset)
     report |= inversion_error(trained.model, x, levels=dataset.levels)
+    if dataset.name in PLANAR:
+        report |= bridges(trained.model, dataset)
     if other is not None:
         report["ood"] = _detect(trained, other, prediction, validation)
     if samples:
@@ -197,6 +201,24 @@ def inversion_error(
     return {"inversion_error_max": largest, "inversion_error_mean": total / x.numel()}
 
 
+def bridges(model: MixtureFlow, dataset: Dataset) -> dict[str, float]:
+    """`mass_between_arms` of the model's class-conditional samples and, as a baseline, of new data.
+
+    20000 points of each, with 100000 reference points and as many that set the threshold.
+
+    Args:
+        model: the flow.
+        dataset: a 2-D data set, equally many points of each class.
+    """
+    samples, _ = draw_samples(model, dataset.classes, 20_000 // dataset.classes)
+    reference, fresh = (fresh_points(dataset.name, 100_000, seed) for seed in (2, 3))
+    data = fresh_points(dataset.name, 20_000, 4)
+    return {
+        "mass_between_arms": mass_between_arms(samples, reference, fresh),
+        "mass_between_arms_of_data": mass_between_arms(data, reference, fresh),
+    }
+
+
 def _detect(
     trained: TrainedRun, other: Dataset, inside: Prediction, validation: Prediction
 ) -> dict[str, Any]:
@@ -302,6 +324,11 @@ def _density_table(report: dict[str, Any]) -> str:
         f"inversion error         max {report['inversion_error_max']:.3g}, "
         f"mean {report['inversion_error_mean']:.3g} (|x - G(F(x))|, float32)",
     ]
+    if "mass_between_arms" in report:
+        rows.append(
+            f"mass between the arms   {_percent(report['mass_between_arms'])} % of the samples, "
+            f"{_percent(report['mass_between_arms_of_data'])} % of new data"
+        )
     if judged := report.get("samples"):
         rows.append(
             f"samples                 {_percent(judged['accuracy'])} % of {judged['per_class']} per class "

@@ -23,6 +23,7 @@ __all__ = [
     "confusion_matrix",
     "expected_calibration_error",
     "fit_temperature",
+    "mass_between_arms",
     "negative_log_likelihood",
     "reliability_bins",
 ]
@@ -188,6 +189,47 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     ranks = scores.unique(return_inverse=True)[1]
     member = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return float(roc_auc_score(member.numpy(), ranks.cpu().numpy()))
+
+
+def mass_between_arms(samples: Tensor, reference: Tensor, fresh: Tensor) -> float:
+    r"""The share of samples that lie where the data have nothing, in [0, 1].
+
+    .. math:: \frac{1}{N} \sum_i [d(x_i) > q], \qquad d(x) = \min_j \lVert x - r_j \rVert
+
+    with r the reference points and q the 99.9 % quantile of d over fresh points of the data: of
+    points of the data themselves about 0.1 % are so far from every other. Bridges between the arms
+    of the data count, and so does what lies beyond their ends. The more reference points, the
+    narrower their surroundings: compare figures of equally many only.
+
+    Args:
+        samples: Points of shape (N, D), N >= 1.
+        reference: Many points of the data, of shape (R, D).
+        fresh: Other points of the data, of shape (M, D).
+
+    Raises:
+        InputError: A shape does not fit, or a value is not finite.
+
+    Example:
+        >>> line = torch.linspace(0, 1, 101)[:, None]
+        >>> mass_between_arms(torch.tensor([[0.5], [2.0]]), line, line + 0.003)
+        0.5
+    """
+    from scipy.spatial import KDTree
+
+    given = {"samples": samples, "reference": reference, "fresh": fresh}
+    for name, points in given.items():
+        fits = points.ndim == 2 and len(points) and points.shape[1] == reference.shape[-1]
+        if not (fits and points.isfinite().all()):
+            raise InputError(
+                f"{name}: wanted finite points of shape (N, D), all of one D, "
+                f"got shape {tuple(points.shape)}"
+            )
+    tree = KDTree(reference.detach().cpu().double().numpy())
+    distances, of_data = (
+        torch.from_numpy(tree.query(points.detach().cpu().double().numpy())[0])
+        for points in (samples, fresh)
+    )
+    return (distances > of_data.quantile(0.999)).double().mean().item()
 
 
 @dataclass(frozen=True)

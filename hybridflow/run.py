@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def start(self) -> Path:
+        """Latents of some test images before the first step."""
+        return self.path / "start.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.csv"
 

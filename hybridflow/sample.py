@@ -1,4 +1,4 @@
-"""Draw class-conditional samples from a trained run: `python -m hybridflow.sample RUN`."""
+"""Draw samples of each class, or paths between two: `python -m hybridflow.sample RUN`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +8,11 @@ import tyro
 from torch import Tensor
 
 from hybridflow.cli import command
+from hybridflow.data import load_dataset
 from hybridflow.errors import InputError
 from hybridflow.flow import MixtureFlow
-from hybridflow.pictures import sample_grid, scatter_panels
+from hybridflow.interpolation import find_class, paths_between
+from hybridflow.pictures import path_rows, paths_in_the_plane, sample_grid, scatter_panels
 from hybridflow.run import RunFolder, TrainedRun
 
 __all__ = ["draw_samples", "picture_samples"]
@@ -51,6 +53,7 @@ def _sample(
     temperature: Annotated[
         float, tyro.conf.arg(help="Scale of the latent noise; 1 is the model.")
     ] = 1.0,
+    interpolate: tuple[str, str] | None = None,
     seed: int = 0,
     device: str = "auto",
     out: Path | None = None,
@@ -59,20 +62,58 @@ def _sample(
 
     Args:
         run: The run folder.
-        count: Samples per class.
+        count: Samples per class; with --interpolate, paths.
+        interpolate: Instead draw paths in latent space from one class to another (names or numbers),
+            with both heads' probabilities of the two along them.
         seed: Seed of the samples.
         device: cpu, cuda, cuda:N or auto.
-        out: The PNG file to write; by default samples-SEED.png in the run folder.
+        out: The PNG file to write; by default samples-SEED.png or interpolation-A-B-SEED.png in the
+            run folder.
     """
     if count < 1:
         raise InputError(f"--count: got {count}, want at least 1")
     if temperature < 0:
         raise InputError(f"--temperature: got {temperature}, want at least 0")
-    trained = TrainedRun.load(run, device)
-    x, labels = draw_samples(trained.model, trained.classes, count, temperature, seed)
-    path = out or RunFolder(run).picture(f"samples-{seed}")
-    picture_samples(x, labels, path, trained.class_names)
+    trained, folder = TrainedRun.load(run, device), RunFolder(run)
+    if interpolate is not None:
+        a, b = (find_class(text, trained.class_names) for text in interpolate)
+        if a == b:
+            raise InputError(
+                f"--interpolate: got {' '.join(interpolate)}, want two different classes"
+            )
+        path = out or folder.picture(f"interpolation-{a}-{b}-{seed}")
+        _picture_paths(trained, (a, b), count, temperature, seed, path)
+    else:
+        x, labels = draw_samples(trained.model, trained.classes, count, temperature, seed)
+        path = out or folder.picture(f"samples-{seed}")
+        picture_samples(x, labels, path, trained.class_names)
     print(path)
+
+
+def _picture_paths(
+    trained: TrainedRun,
+    classes: tuple[int, int],
+    count: int,
+    temperature: float,
+    seed: int,
+    path: Path,
+) -> None:
+    """Draw paths as rows of images, or over the test points in the plane."""
+    planar = trained.levels is None
+    found = paths_between(
+        trained,
+        *classes,
+        count,
+        steps=101 if planar else 11,
+        temperature=temperature,
+        seed=seed,
+    )
+    if planar:
+        dataset = load_dataset(trained.config.dataset)
+        data = dataset.test_x, dataset.test_y
+        paths_in_the_plane(found, data, path, ends=classes, class_names=trained.class_names)
+    else:
+        path_rows(found, path, ends=classes, class_names=trained.class_names)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,13 @@ from hybridflow.data import Dataset, load_dataset, make_split
 from hybridflow.errors import InputError
 from hybridflow.launch import Job, launch, locked, terminated_as_interrupted, threads_per_run
 from hybridflow.run import RunFolder, resolve_device
-from hybridflow.sweep_table import seconds_to_target, summarise, table_cells, table_csv
+from hybridflow.sweep_table import (
+    seconds_to_target,
+    summarise,
+    swept_number,
+    table_cells,
+    table_csv,
+)
 from hybridflow.tables import markdown_table, text_table
 from hybridflow.trainer import Trainer
 
@@ -46,7 +52,8 @@ class Sweep:
     """A sweep, as the command line describes it."""
 
     out: Path
-    """Folder of the sweep: its runs, their logs, and the tables sweep.json, sweep.csv, sweep.md."""
+    """Folder of the sweep: its runs, their logs, and the tables sweep.json, sweep.csv, sweep.md; if
+    exactly one option takes several numbers, also their curves, sweep.png."""
     presets: tuple[str, ...] = ("digits",)
     """Presets."""
     seeds: tuple[int, ...] = (0,)
@@ -289,7 +296,7 @@ def _record(run: SweepRun, job: Job, target: float, failure: str | None) -> dict
 def _report(
     sweep: Sweep, runs: Sequence[SweepRun], devices: Sequence[str], failures: dict[str, str]
 ) -> str:
-    """Write sweep.json, sweep.csv and sweep.md; the table for the terminal."""
+    """Write sweep.json, sweep.csv, sweep.md and, of a number, sweep.png; the table for the terminal."""
     records = [
         _record(run, run.job(sweep.out), sweep.target, failures.get(run.name)) for run in runs
     ]
@@ -309,8 +316,15 @@ def _report(
         f"that did. {where}."
     )
     atomic_write_text(sweep.out / "sweep.md", f"{markdown_table(*cells)}\n\n{note}\n")
+    files = "sweep.json, sweep.csv, sweep.md"
+    option = swept_number(table)
+    if option and any(row["finished"] for row in table):
+        from hybridflow.pictures import sweep_curves  # here, for matplotlib is slow to import
+
+        sweep_curves(table, sweep.out / "sweep.png", option=option)
+        files += ", sweep.png"
     failed = "".join(f"\nfailed: {name}: {words}" for name, words in failures.items())
-    return f"{text_table(*cells)}\n\n{note}{failed}\n{sweep.out}/sweep.json, sweep.csv, sweep.md"
+    return f"{text_table(*cells)}\n\n{note}{failed}\n{sweep.out}/{files}"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from statistics import mean, stdev
 from typing import Any
 
-__all__ = ["seconds_to_target", "summarise", "table_cells", "table_csv"]
+__all__ = ["seconds_to_target", "summarise", "swept_number", "table_cells", "table_csv"]
 
 _HEADS = ("flow", "discriminator")
 _METRICS = (
@@ -58,6 +59,23 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"preset": name, "options": dict(options), "runs": len(group)}
         table.append(row | {"finished": len(results), "metrics": metrics})
     return table
+
+
+def swept_number(table: list[dict[str, Any]]) -> str | None:
+    """The one option that takes several values, all of them finite numbers; None if none or several do."""
+    found = []
+    for name in table[0]["options"]:
+        values = {row["options"][name] for row in table}
+        if len(values) > 1 and all(map(_is_number, values)):
+            found.append(name)
+    return found[0] if len(found) == 1 else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def table_cells(table: list[dict[str, Any]], target: float) -> tuple[list[str], list[list[str]]]:

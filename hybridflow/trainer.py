@@ -41,7 +41,7 @@ from hybridflow.kernels import fuse
 from hybridflow.networks import build_discriminator, build_model
 from hybridflow.objective import terms_of
 from hybridflow.phases import phase
-from hybridflow.prediction import Prediction, predict
+from hybridflow.prediction import Prediction, bin_centres, predict
 from hybridflow.profiling import RunProfile
 from hybridflow.run import RunFolder, resolve_device
 from hybridflow.step import HybridStep
@@ -49,6 +49,7 @@ from hybridflow.step import HybridStep
 __all__ = ["Trainer", "resume", "train"]
 
 _INITIAL_IMAGES = 500
+_SHOWN_IMAGES = 500
 
 
 def train(config: Config, folder: RunFolder) -> int:
@@ -69,6 +70,7 @@ def train(config: Config, folder: RunFolder) -> int:
     folder.create(config)
     save_split(split, folder.split)
     trainer.initialise()
+    trainer.save_start()
     trainer.save()
     return trainer.run()
 
@@ -175,6 +177,17 @@ class Trainer:
         means = KMeans(classes, init=starts, n_init=1).fit(latents.numpy()).cluster_centers_
         self.model.prior.initialise(torch.from_numpy(means))
         self.step.start_averages()
+
+    @torch.no_grad()
+    def save_start(self) -> None:
+        """Keep the latents of some test images, and the means, as they are before the first step."""
+        x = bin_centres(self.dataset.test_x[self._shown()].to(self.device), self.dataset.levels)
+        start = {"latents": self.model(x)[0], "means": self.model.prior.means}
+        checkpoint.save(self.folder.start, start, {})
+
+    def _shown(self) -> slice:
+        """The test images whose latents are drawn: at most `_SHOWN_IMAGES`, evenly spaced."""
+        return slice(None, None, -(-len(self.dataset.test_x) // _SHOWN_IMAGES))
 
     def run(self) -> int:
         """Train to the last step, or until stopped; report at the end. Returns the exit status."""
@@ -337,8 +350,8 @@ class Trainer:
 
     def report(self) -> dict[str, Any]:
         """Judge the last step on the test images; write results.json and the pictures, print a table."""
-        # Imported here, as in the next two: matplotlib would keep the first step waiting.
-        from hybridflow.pictures import confusion_picture, latent_picture
+        # Imported here, as in the next three: matplotlib would keep the first step waiting.
+        from hybridflow.pictures import confusion_picture
 
         dataset, folder = self.dataset, self.folder
         prediction = self._predict(dataset.test_x, dataset.test_y)
@@ -360,10 +373,7 @@ class Trainer:
         checkpoint.atomic_write_text(folder.results, json.dumps(results, indent=2) + "\n")
         names = dataset.class_names
         confusion_picture(prediction.confusion(), folder.picture("confusion"), class_names=names)
-        means = self.averaged_model.prior.means.detach().cpu()
-        latent_picture(
-            prediction.latents, dataset.test_y, means, folder.picture("latent"), class_names=names
-        )
+        self._picture_latents(prediction)
         self._picture_samples()
         self._picture_curves()
         for name, value in results.items():
@@ -373,6 +383,19 @@ class Trainer:
                 )
         print(f"{'run folder':24} {folder.path}")
         return results
+
+    def _picture_latents(self, prediction: Prediction) -> None:
+        """Latents of the same test images at the start and at the end."""
+        from hybridflow.pictures import latent_picture
+
+        shown, panels = self._shown(), {}
+        if self.folder.start.exists():  # runs of earlier versions have none
+            start, _ = checkpoint.load(self.folder.start)
+            panels["before the first step"] = start["latents"], start["means"]
+        means = self.averaged_model.prior.means
+        panels[f"after step {self.done}"] = prediction.latents[shown], means
+        labels, names = self.dataset.test_y[shown], self.dataset.class_names
+        latent_picture(panels, labels, self.folder.picture("latent"), class_names=names)
 
     def _picture_samples(self) -> None:
         from hybridflow.pictures import scatter_panels

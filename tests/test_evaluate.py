@@ -241,6 +241,7 @@ class TestReport:
             assert 0 <= report[f"{head}_ece_calibrated"] <= 1
         assert 0 <= report["heads_agree"] <= 1
         assert report["inversion_error_mean"] <= report["inversion_error_max"] < 1e-3
+        assert "mass_between_arms" not in report
         assert "uniform dequantisation of 17 grey levels" in report["bits_per_dim_of"]
         assert report["samples"]["per_class"] == 3 and 0 <= report["samples"]["accuracy"] <= 1
         assert {"confusion-test.png", "reliability-test.png"} <= {p.name for p in run.iterdir()}
@@ -258,11 +259,17 @@ class TestReport:
         for head in "flow", "discriminator":
             assert report[f"{head}_nll_calibrated"] <= report[f"{head}_nll"] + 1e-9
 
-    def test_points_of_another_set_are_told_apart(self, planar_run, monkeypatch, capsys):
+    def test_points_of_another_set_are_told_apart_and_bridges_are_measured(
+        self, planar_run, monkeypatch, capsys
+    ):
         report = evaluated(monkeypatch, planar_run, "--against", "pinwheel")
         assert report["ood"]["against"] == "pinwheel" and report["ood"]["images"] == 2000
         assert set(report["ood"]["auroc"]) == {"log_prob", "typicality", "discriminator_lse"}
-        assert "AUROC against pinwheel (2000 images)" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert "AUROC against pinwheel (2000 images)" in output
+        assert "mass between the arms" in output
+        assert report["mass_between_arms_of_data"] == pytest.approx(0.001, abs=0.0005)
+        assert report["mass_between_arms_of_data"] < report["mass_between_arms"] <= 1
         itself = evaluated(monkeypatch, planar_run, "--against", "two-moons")
         assert itself["ood"]["auroc"]["log_prob"] == 0.5
 

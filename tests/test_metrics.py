@@ -3,8 +3,15 @@ import math
 import pytest
 import torch
 
+from hybridflow.data import PLANAR, fresh_points
 from hybridflow.errors import InputError
-from hybridflow.metrics import accuracy, bits_per_dim, confusion_matrix, expected_calibration_error
+from hybridflow.metrics import (
+    accuracy,
+    bits_per_dim,
+    confusion_matrix,
+    expected_calibration_error,
+    mass_between_arms,
+)
 
 
 def two_classes(confidence, right, wrong):
@@ -142,3 +149,36 @@ def test_bits_per_dim_is_the_entropy_of_a_discrete_source():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", PLANAR)
+def test_a_mixture_of_data_and_bridges_has_the_mass_of_its_bridges(name):
+    reference, fresh, data = (fresh_points(name, 20_000, seed) for seed in (2, 3, 4))
+    bridge = torch.tensor([0.0, 5.0]) + 0.1 * torch.randn(2000, 2)
+    of_data = mass_between_arms(data, reference, fresh)
+    assert 0.0005 < of_data < 0.002
+    assert mass_between_arms(bridge, reference, fresh) == 1
+    mixed = torch.cat([data, bridge])
+    wanted = (20_000 * of_data + 2000) / 22_000
+    assert mass_between_arms(mixed, reference, fresh) == pytest.approx(wanted)
+
+
+def test_the_gap_of_the_moons_counts_as_between_and_scaling_changes_nothing():
+    sets = [fresh_points("two-moons", 20_000, seed) for seed in (2, 3)]
+    gap = torch.tensor([[0.0, 0.3]])  # under the upper moon, above the lower
+    assert mass_between_arms(gap, *sets) == 1
+    assert mass_between_arms(7 * gap, *(7 * points for points in sets)) == 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference", "fresh", "name"),
+    [
+        (torch.zeros(3), torch.zeros(4, 2), torch.zeros(4, 2), "samples"),
+        (torch.zeros(3, 3), torch.zeros(4, 2), torch.zeros(4, 2), "samples"),
+        (torch.zeros(3, 2), torch.zeros(0, 2), torch.zeros(4, 2), "reference"),
+        (torch.zeros(3, 2), torch.zeros(4, 2), torch.full((4, 2), math.nan), "fresh"),
+    ],
+)
+def test_mass_between_arms_names_what_does_not_fit(samples, reference, fresh, name):
+    with pytest.raises(InputError, match=f"{name}: wanted finite points"):
+        mass_between_arms(samples, reference, fresh)

@@ -7,14 +7,19 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 
 from hybridflow.errors import InputError
+from hybridflow.interpolation import Paths
 from hybridflow.pictures import (
     DPI,
     confusion_picture,
     curves,
     latent_picture,
+    path_rows,
+    paths_in_the_plane,
     sample_grid,
     scatter_panels,
+    sweep_curves,
 )
+from hybridflow.sweep_table import summarise
 
 NAMES = ["zero", "one", "two"]
 
@@ -89,10 +94,88 @@ def test_latent_picture_of_any_dimension(path, dims):
     latents = torch.tensor(digits.data[:, 20 : 20 + dims] if dims == 2 else digits.data)
     labels = torch.tensor(digits.target)
     means = torch.stack([latents[labels == k].mean(dim=0) for k in range(10)])
-    latent_picture(
-        latents.bfloat16(), labels, means.requires_grad_(), path, class_names=list("0123456789")
+    names = list("0123456789")
+    start = latents.bfloat16(), means.clone().requires_grad_()
+    latent_picture({"start": start}, labels, path, class_names=names)
+    assert size(path) == inches(5.5, 6.5)
+    latent_picture({"start": start, "end": (latents, means)}, labels, path, class_names=names)
+    assert size(path) == inches(5.5, 12)
+
+
+def paths_of(count: int, steps: int, *shape: int) -> Paths:
+    generator = torch.Generator().manual_seed(0)
+    return Paths(
+        x=torch.rand(count, steps, *shape, generator=generator),
+        beta=torch.linspace(1, 0, steps),
+        flow=torch.rand(count, steps, 2, generator=generator),
+        discriminator=torch.rand(count, steps, 3, generator=generator),
     )
-    assert size(path) == inches(6, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_path_is_a_strip_of_its_images(path, channels):
+    paths = paths_of(2, 3, channels, 16, 16)
+    path_rows(paths, path, ends=(2, 0), class_names=NAMES)
+    picture = imread(path)[..., :3]
+    assert picture.shape[:2] == inches(0.85 + 2 * (0.75 + 0.5 + 0.2) + 0.45, 0.5 + 3 * 0.75 + 0.2)
+    tile = int(0.75 * DPI)  # 96 pixels, six for each of the image's
+    strip = picture[round(0.85 * DPI) :][:tile, int(0.5 * DPI) :][:, : 3 * tile]
+    shown = strip.reshape(16, 6, 3, 16, 6, 3)[:, 3, :, :, 3]
+    wanted = paths.x[0].expand(-1, 3, -1, -1).permute(2, 0, 3, 1).numpy()
+    assert np.abs(shown - wanted).max() <= 1 / 255 + 1e-6
+
+
+def test_paths_in_the_plane_show_where_they_run(path):
+    pictures = []
+    for shift in (0.0, 0.5):
+        paths = paths_of(2, 5, 2)
+        paths.x.add_(shift)
+        data = torch.rand(30, 2, generator=torch.Generator().manual_seed(1)), torch.arange(30) % 3
+        paths_in_the_plane(paths, data, path, ends=(0, 2), class_names=NAMES)
+        assert size(path) == inches(5.5, 11)
+        pictures.append(path.read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def swept(option: str, values: list[str], seeds: int, **others: str) -> list[dict]:
+    """The table of a sweep whose accuracies rise with the value."""
+    return summarise(
+        {
+            "preset": "digits",
+            "options": {option: value, **others},
+            "seed": seed,
+            "results": {
+                "flow_accuracy": 0.5 + 0.1 * float(value) + 0.01 * seed,
+                "discriminator_accuracy": 0.9,
+                "bits_per_dim": 2 - float(value),
+            },
+        }
+        for value in values
+        for seed in range(seeds)
+    )
+
+
+def test_sweep_curves_have_a_row_per_configuration_and_bits_for_w_nll(path):
+    sweep_curves(swept("terms.beta", ["0", "0.5", "1"], 2), path, option="terms.beta")
+    height, width = inches(3.6, 6.4)
+    assert size(path) == (height, width)
+    table = swept("terms.w_nll", ["1", "0", "0.01"], 2, objective="full")
+    sweep_curves(table, path, option="terms.w_nll")
+    assert size(path) == inches(3.6, 11.2)
+    table += swept("terms.w_nll", ["1", "0", "0.01"], 2, objective="nll")
+    sweep_curves(table, path, option="terms.w_nll")
+    assert size(path) == inches(7, 11.2)
+
+
+def test_sweep_curves_are_the_same_in_any_order_and_leave_out_what_is_not_finished(path):
+    table = swept("terms.beta", ["0", "0.5", "1"], 1)
+    sweep_curves(table, path, option="terms.beta")
+    first = path.read_bytes()
+    missing = {**table[0], "options": {"terms.beta": "0.7"}, "finished": 0}
+    sweep_curves([missing, *reversed(table)], path, option="terms.beta")
+    assert path.read_bytes() == first
+    with pytest.raises(InputError, match="table: wanted a finished run, got none"):
+        sweep_curves([missing], path, option="terms.beta")
 
 
 def test_confusion_picture_holds_a_panel_per_head(path):
@@ -123,11 +206,16 @@ def test_curves_of_no_steps_are_empty_panels(path):
 def test_equal_input_gives_equal_files_without_date_or_version(tmp_path):
     latents, labels = torch.randn(600, 600), torch.arange(600) % 3
     for name in ("a.png", "b.png"):
-        latent_picture(latents, labels, latents[:3], tmp_path / name, class_names=NAMES)
+        panels = {"end": (latents, latents[:3])}
+        latent_picture(panels, labels, tmp_path / name, class_names=NAMES)
     data = (tmp_path / "a.png").read_bytes()
     assert data == (tmp_path / "b.png").read_bytes()
     assert b"tEXt" not in data and b"tIME" not in data
     assert {file.name for file in tmp_path.iterdir()} == {"a.png", "b.png"}
+
+
+def latents(points, labels, means, path):
+    latent_picture({"end": (points, means)}, labels, path, class_names=NAMES)
 
 
 POINTS, LABELS = torch.zeros(6, 2), torch.arange(6) % 3
@@ -153,28 +241,39 @@ POINTS, LABELS = torch.zeros(6, 2), torch.arange(6) % 3
             "panels: 'new' .*finite",
         ),
         (
-            lambda p: latent_picture(POINTS, LABELS[:5], POINTS[:3], p, class_names=NAMES),
+            lambda p: latents(POINTS, LABELS[:5], POINTS[:3], p),
             r"labels: .*\(6,\), got int64 of shape \(5,\)",
         ),
         (
-            lambda p: latent_picture(POINTS, LABELS + 1, POINTS[:3], p, class_names=NAMES),
+            lambda p: latents(POINTS, LABELS + 1, POINTS[:3], p),
             r"labels: wanted classes in \[0, 3\).* from 1 to 3",
         ),
         (
-            lambda p: latent_picture(POINTS, LABELS.float(), POINTS[:3], p, class_names=NAMES),
+            lambda p: latents(POINTS, LABELS.float(), POINTS[:3], p),
             "labels: wanted integer",
         ),
         (
-            lambda p: latent_picture(POINTS, LABELS, torch.zeros(3, 4), p, class_names=NAMES),
-            r"means: .*\(N, 2\), got \(3, 4\)",
+            lambda p: latents(POINTS, LABELS, torch.zeros(3, 4), p),
+            r"panels: 'end' means: .*\(N, 2\), got \(3, 4\)",
         ),
         (
-            lambda p: latent_picture(POINTS, LABELS, POINTS[:2], p, class_names=NAMES),
+            lambda p: latents(POINTS, LABELS, POINTS[:2], p),
             "class_names: wanted 2 names, got 3",
         ),
         (
-            lambda p: latent_picture(POINTS[:, :1], LABELS, POINTS[:3, :1], p, class_names=NAMES),
-            "latents: .*d >= 2",
+            lambda p: latents(POINTS[:, :1], LABELS, POINTS[:3, :1], p),
+            "panels: 'end' latents: .*d >= 2",
+        ),
+        (lambda p: latent_picture({}, LABELS, p, class_names=NAMES), "panels: wanted at least one"),
+        (
+            lambda p: path_rows(paths_of(1, 2, 8, 8), p, ends=(0, 1), class_names=NAMES),
+            r"paths: wanted x of shape .*got \(1, 2, 8, 8\)",
+        ),
+        (
+            lambda p: paths_in_the_plane(
+                paths_of(1, 2, 3), (POINTS, LABELS), p, ends=(0, 1), class_names=NAMES
+            ),
+            r"paths: wanted points of shape \(N, 2\)",
         ),
         (lambda p: confusion_picture({}, p, class_names=NAMES), "matrices: "),
         (

@@ -19,7 +19,7 @@ from hybridflow.kernels import native
 from hybridflow.launch import locked, terminated_as_interrupted, threads_per_run
 from hybridflow.run import RunFolder
 from hybridflow.sweep import plan
-from hybridflow.sweep_table import seconds_to_target, summarise
+from hybridflow.sweep_table import seconds_to_target, summarise, swept_number
 from hybridflow.tables import markdown_table, text_table
 
 TINY = (
@@ -226,6 +226,30 @@ class TestResults:
         assert first["metrics"]["flow_seconds_to_target"] == {"mean": 3.0, "std": None, "n": 1}
         assert second["metrics"]["flow_accuracy"] == {"mean": 0.5, "std": None, "n": 1}
         assert second["metrics"]["flow_seconds_to_target"] == {"mean": None, "std": None, "n": 0}
+
+    @pytest.mark.parametrize(
+        ("options", "wanted"),
+        [
+            ([{}], None),
+            ([{"a": "1"}], None),
+            ([{"a": "1"}, {"a": "1e-3"}], "a"),
+            ([{"a": "1", "b": "full"}, {"a": "2", "b": "nll"}], "a"),
+            ([{"a": "1", "b": "3"}, {"a": "2", "b": "3"}], "a"),
+            ([{"a": "1", "b": "3"}, {"a": "2", "b": "4"}], None),
+            ([{"a": "None"}, {"a": "2"}], None),
+            ([{"a": "8 9"}, {"a": "2"}], None),
+            ([{"a": "inf"}, {"a": "2"}], None),
+        ],
+    )
+    def test_a_number_is_swept_if_it_alone_varies(self, options: list[dict], wanted: str | None):
+        assert swept_number([{"options": row} for row in options]) == wanted
+
+    def test_a_swept_number_has_a_picture(self, folder: Path, tmp_path: Path, capsys):
+        assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+        common = [*TINY, "--steps", "2"]
+        assert swept(*arguments(tmp_path, "objective=nll,full", common=common)) == 0
+        assert not (tmp_path / "sweep.png").exists()
+        assert "sweep.png" not in capsys.readouterr().out
 
     def test_time_to_target_is_that_of_the_first_evaluation_that_reaches_it(self):
         rows = [

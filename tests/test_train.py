@@ -107,6 +107,7 @@ def test_a_run_leaves_its_files(finished_run: RunFolder):
         "config.json",
         "split.json",
         "checkpoint.safetensors",
+        "start.safetensors",
         "metrics.csv",
         "results.json",
         "tensorboard",
@@ -212,6 +213,22 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path: Path):
     assert finished("train", *arguments, "--out", straight.path)[0] == 0
     assert same_state(folder.checkpoint, straight.checkpoint)
     assert [timeless(r) for r in rows(folder)] == [timeless(r) for r in rows(straight)]
+
+
+def test_the_latents_of_the_start_are_kept_as_they_were(finished_run: RunFolder, tmp_path: Path):
+    folder = RunFolder(tmp_path / "resumed")
+    assert train(replace(TINY, minutes=1e-9), folder) == 0
+    start, first = folder.start.read_bytes(), folder.picture("latent").read_bytes()
+    latents, means = (checkpoint.load(folder.start)[0][name] for name in ("latents", "means"))
+    assert latents.shape == (360, 32) and means.shape == (10, 32)
+    assert start == finished_run.start.read_bytes()
+    assert resume(replace(folder.read_config(), minutes=None), folder) == 0
+    assert folder.start.read_bytes() == start
+    both = folder.picture("latent").read_bytes()
+    assert both != first and both == finished_run.picture("latent").read_bytes()
+    folder.start.unlink()  # as in a run of an earlier version
+    assert resume(folder.read_config(), folder) == 0
+    assert folder.picture("latent").read_bytes() != both
 
 
 def test_minutes_end_a_run_early_with_a_report(tmp_path: Path):

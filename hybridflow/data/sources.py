@@ -1,6 +1,6 @@
 """The data sets: image sets in their published form, digits bundled with scikit-learn, 2-D sets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hybridflow.data.planar import PINWHEEL_ARMS, pinwheel, two_moons
 from hybridflow.data.readers import check_labels, read_cifar_bin, read_idx, read_svhn_mat
 from hybridflow.errors import InputError
 
-__all__ = ["DATASETS", "Dataset", "load_dataset"]
+__all__ = ["DATASETS", "PLANAR", "Dataset", "fresh_points", "load_dataset"]
 
 _DIGIT_NAMES = tuple(map(str, range(10)))
 _FASHION_NAMES = (
@@ -48,6 +48,9 @@ _DIGITS_TEST_SIZE = 360
 _DIGITS_TEST_SEED = 0
 _PLANAR_TRAIN_SIZE, _PLANAR_TRAIN_SEED = 5000, 0
 _PLANAR_TEST_SIZE, _PLANAR_TEST_SEED = 2000, 1
+
+PLANAR = {"pinwheel": pinwheel, "two-moons": two_moons}
+"""The 2-D data sets, by what generates them."""
 
 _PUBLISHED = {
     "mnist": PublishedFiles(
@@ -187,22 +190,30 @@ def _digits() -> Dataset:
     return Dataset("digits", 10, 17, x[train], y[train], x[test], y[test], _DIGIT_NAMES)
 
 
+def fresh_points(name: str, count: int, seed: int) -> Tensor:
+    """New points of a 2-D data set, float32 (count, 2), standardised as its train part is.
+
+    Raises:
+        InputError: the data set is not one of `PLANAR`.
+    """
+    if name not in PLANAR:
+        raise InputError(f"name: got {name!r}, want one of {', '.join(PLANAR)}")
+    std, mean = torch.std_mean(PLANAR[name](_PLANAR_TRAIN_SIZE, _PLANAR_TRAIN_SEED)[0], dim=0)
+    return (PLANAR[name](count, seed)[0] - mean) / std
+
+
 def _pinwheel() -> Dataset:
-    names = tuple(f"arm {k}" for k in range(PINWHEEL_ARMS))
-    return _planar("pinwheel", pinwheel, names)
+    return _planar("pinwheel", tuple(f"arm {k}" for k in range(PINWHEEL_ARMS)))
 
 
 def _two_moons() -> Dataset:
-    return _planar("two-moons", two_moons, ("upper", "lower"))
+    return _planar("two-moons", ("upper", "lower"))
 
 
-def _planar(
-    name: str, generate: Callable[[int, int], tuple[Tensor, Tensor]], class_names: tuple[str, ...]
-) -> Dataset:
-    train_x, train_y = generate(_PLANAR_TRAIN_SIZE, _PLANAR_TRAIN_SEED)
-    test_x, test_y = generate(_PLANAR_TEST_SIZE, _PLANAR_TEST_SEED)
-    std, mean = torch.std_mean(train_x, dim=0)
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+def _planar(name: str, class_names: tuple[str, ...]) -> Dataset:
+    parts = (_PLANAR_TRAIN_SIZE, _PLANAR_TRAIN_SEED), (_PLANAR_TEST_SIZE, _PLANAR_TEST_SEED)
+    train_x, test_x = (fresh_points(name, *part) for part in parts)
+    train_y, test_y = (PLANAR[name](*part)[1] for part in parts)
     return Dataset(name, len(class_names), None, train_x, train_y, test_x, test_y, class_names)
 
 

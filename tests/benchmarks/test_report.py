@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, run_tables, step_tables, training
+from benchmarks import pictures, report, run_tables, step_tables, training
 
 PLACES = "".join(
     f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("digits-ablation", "small-runs", "published")
@@ -106,6 +106,25 @@ def test_texts_of_a_png_are_read():
     chunk = b"Source\0abc"
     png = b"\x89PNG\r\n\x1a\n" + len(chunk).to_bytes(4, "big") + b"tEXt" + chunk + bytes(4)
     assert report.png_text(png) == {"Source": "abc"}
+
+
+def bridges(objective: str, seed: int, mass: float) -> dict:
+    found = {"mass_between_arms": mass, "mass_between_arms_of_data": 0.001}
+    samples = ["0.5 1 -0.5 1", "0 0 0.1 0.1"] * 2 + ["1 1 2 2"]
+    planar = record(objective, seed, 0.9)
+    planar["results"]["dataset"] = "pinwheel"
+    return planar | {"bridges": found, "samples": samples}
+
+
+def test_bridges_have_a_row_per_objective_beside_the_data(tmp_path: Path):
+    records = [bridges("nll", seed, 0.1 + 0.02 * seed) for seed in range(2)]
+    records += [bridges("nll+adversarial", seed, 0.05) for seed in range(2)]
+    lines = run_tables.bridges(records).splitlines()
+    assert lines[2].startswith("| + likelihood | 11.0 ± 1.4 | 90.0 ± 0.0 |")
+    assert lines[3].startswith("| + likelihood, adversarial | 5.0 ± 0.0 |")
+    assert lines[4] == "| new data | 0.1 | | | |"
+    pictures.bridges(records, tmp_path / "bridges.png", "digest")
+    assert report.png_text((tmp_path / "bridges.png").read_bytes())["Source"] == "digest"
 
 
 def test_every_experiment_of_the_ablation_is_made_once():

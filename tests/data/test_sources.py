@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridflow.data import DATASETS, load_dataset, sources
+from hybridflow.data import DATASETS, PLANAR, fresh_points, load_dataset, sources
 from hybridflow.data.files import find_files
 from hybridflow.errors import InputError
 
@@ -84,6 +84,20 @@ def test_planar(name, classes):
     torch.testing.assert_close(std, torch.ones(2), atol=1e-5, rtol=0)
     assert (dataset.test_x.mean(0).abs() < 0.1).all()
     assert not torch.equal(dataset.test_x, dataset.train_x[:2000])
+
+
+@pytest.mark.parametrize("name", PLANAR)
+def test_fresh_points_are_of_the_data_set_and_new(name):
+    dataset = load_dataset(name)
+    assert torch.equal(fresh_points(name, 5000, 0), dataset.train_x)
+    fresh = fresh_points(name, 5000, 2)
+    assert not torch.equal(fresh, dataset.train_x)
+    torch.testing.assert_close(fresh.T.cov(), dataset.train_x.T.cov(), atol=0.08, rtol=0)
+
+
+def test_only_planar_data_has_fresh_points():
+    with pytest.raises(InputError, match="name: got 'digits', want one of pinwheel, two-moons"):
+        fresh_points("digits", 10, 2)
 
 
 def test_pinwheel_has_fivefold_symmetry():
