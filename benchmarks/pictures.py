@@ -273,26 +273,35 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
 
 
 def bridges(records: Sequence[Row], path: Path, source: str) -> None:
-    """Data, and a panel of samples for each objective, of the first seed."""
+    """Samples of each class and, below, between two classes: a column per objective, of the first seed;
+    data beside them."""
     from hybridflow.data import load_dataset
 
     seed = records[0]["results"]["seed"]
     shown = [r for r in records if r["results"]["seed"] == seed]
     dataset = load_dataset(shown[0]["results"]["dataset"])
     count = len(_points_of(shown[0]["samples"][0]))
-    panels = {"data": [dataset.test_x[dataset.test_y == k][:count] for k in range(dataset.classes)]}
-    for record in shown:
-        mass = 100 * record["bridges"]["mass_between_arms"]
-        title = f"{record['results']['objective']}\n{mass:.1f} % between the arms"
-        panels[title] = [_points_of(text) for text in record["samples"]]
-    options = {"ncols": len(panels), "sharex": True, "sharey": True}
-    with _figure(path, source, figsize=(3.2 * len(panels), 4), **options) as (figure, axes):
-        for axis, (title, classes) in zip(axes[0], panels.items(), strict=True):
-            for points in classes:
-                axis.scatter(*points.T, s=6, alpha=0.7, linewidths=0)
-            axis.set(title=title, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
-            axis.title.set_fontsize(10)
+    data = [dataset.test_x[dataset.test_y == k][:count] for k in range(dataset.classes)]
+    options = {"nrows": 2, "ncols": 1 + len(shown), "sharex": True, "sharey": True}
+    with _figure(path, source, figsize=(3.1 * (1 + len(shown)), 6.6), **options) as (figure, axes):
+        _points(axes[0][0], "data", data)
+        axes[1][0].set_axis_off()
+        for (above, below), record in zip(axes.T[1:], shown, strict=True):
+            found = {name: f"{100 * value:.1f} %" for name, value in record["bridges"].items()}
+            title = (
+                f"{record['results']['objective']}: {found['mass_between_arms']} between the arms"
+            )
+            _points(above, title, [_points_of(text) for text in record["samples"]])
+            title = f"between two classes: {found['mass_between_arms_at_boundary']}"
+            _points(below, title, [_points_of(record["boundary_samples"])], color="0.3")
         figure.suptitle(f"{dataset.name}: samples of each class, seed {seed}", fontsize=11)
+
+
+def _points(axis: Any, title: str, classes: Sequence[Any], **options: Any) -> None:
+    for points in classes:
+        axis.scatter(*points.T, s=6, alpha=0.7, linewidths=0, **options)
+    axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    axis.set_title(title, fontsize=9)
 
 
 def _points_of(text: str) -> Any:

@@ -74,25 +74,28 @@ def sweeps(records: list[dict[str, Any]]) -> str:
 def bridges(records: list[dict[str, Any]]) -> str:
     """Mass between the arms, a row per objective, and that of the data."""
     lines = [
-        "| objective | mass between the arms, % | flow, % | discriminator, % | bits/dim |",
+        "| objective | between two classes, % | of a class, % | flow, % | discriminator, % |",
         "|---|---|---|---|---|",
     ]
     for row, name in ROW_NAMES.items():
         runs = [r for r in records if r["results"]["objective"] == row]
         if not runs:
             continue
-        mass = _spread([100 * r["bridges"]["mass_between_arms"] for r in runs], 1)
-        flow, discriminator = (
+        masses = (
+            _spread([100 * r["bridges"][f"mass_between_arms{which}"] for r in runs], 1)
+            for which in ("_at_boundary", "")
+        )
+        accuracies = (
             _spread([100 * r["results"][f"{head}_accuracy"] for r in runs], 1) for head in MARKS
         )
-        bits = _spread([r["results"]["bits_per_dim"] for r in runs], 2)
-        lines.append(f"| {name} | {mass} | {flow} | {discriminator} | {bits} |")
+        lines.append(f"| {name} | {' | '.join((*masses, *accuracies))} |")
     data = mean(100 * r["bridges"]["mass_between_arms_of_data"] for r in records)
-    lines.append(f"| new data | {data:.1f} | | | |")
+    lines.append(f"| new data | | {data:.1f} | | |")
     seeds, results = len({r["results"]["seed"] for r in records}), records[0]["results"]
     lines.append(
-        f"\n{results['dataset']}, {results['labels']} labels, {results['steps']} steps: samples where "
-        f"the data have nothing, mean ± standard deviation over {seeds} seeds. {_hardware(records)}."
+        f"\n{results['dataset']}, {results['labels']} labels, {results['steps']} steps: share of the samples "
+        "halfway between two classes (β = 0.5), and of those of a class, that lie where the data have "
+        f"nothing; mean ± standard deviation over {seeds} seeds. {_hardware(records)}."
     )
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from hybridflow.ood import SCORES, check_comparable, ood_aurocs
 from hybridflow.pictures import confusion_picture, reliability_picture
 from hybridflow.prediction import Prediction, predict
 from hybridflow.run import RunFolder, TrainedRun
-from hybridflow.sample import draw_samples
+from hybridflow.sample import draw_boundary_samples, draw_samples
 from hybridflow.tables import text_table
 
 __all__ = ["bridges", "calibration", "inversion_error", "summary"]
@@ -202,7 +202,8 @@ def inversion_error(
 
 
 def bridges(model: MixtureFlow, dataset: Dataset) -> dict[str, float]:
-    """`mass_between_arms` of the model's class-conditional samples and, as a baseline, of new data.
+    """`mass_between_arms` of the model's class-conditional samples, of samples halfway between two
+    classes (β = 0.5), which the adversarial term is about, and, as a baseline, of new data.
 
     20000 points of each, with 100000 reference points and as many that set the threshold.
 
@@ -211,10 +212,12 @@ def bridges(model: MixtureFlow, dataset: Dataset) -> dict[str, float]:
         dataset: a 2-D data set, equally many points of each class.
     """
     samples, _ = draw_samples(model, dataset.classes, 20_000 // dataset.classes)
+    boundary = draw_boundary_samples(model, 20_000)
     reference, fresh = (fresh_points(dataset.name, 100_000, seed) for seed in (2, 3))
     data = fresh_points(dataset.name, 20_000, 4)
     return {
         "mass_between_arms": mass_between_arms(samples, reference, fresh),
+        "mass_between_arms_at_boundary": mass_between_arms(boundary, reference, fresh),
         "mass_between_arms_of_data": mass_between_arms(data, reference, fresh),
     }
 
@@ -327,6 +330,7 @@ def _density_table(report: dict[str, Any]) -> str:
     if "mass_between_arms" in report:
         rows.append(
             f"mass between the arms   {_percent(report['mass_between_arms'])} % of the samples, "
+            f"{_percent(report['mass_between_arms_at_boundary'])} % of those between two classes, "
             f"{_percent(report['mass_between_arms_of_data'])} % of new data"
         )
     if judged := report.get("samples"):

@@ -12,10 +12,11 @@ from hybridflow.data import load_dataset
 from hybridflow.errors import InputError
 from hybridflow.flow import MixtureFlow
 from hybridflow.interpolation import find_class, paths_between
+from hybridflow.objective import boundary_sample
 from hybridflow.pictures import path_rows, paths_in_the_plane, sample_grid, scatter_panels
 from hybridflow.run import RunFolder, TrainedRun
 
-__all__ = ["draw_samples", "picture_samples"]
+__all__ = ["draw_boundary_samples", "draw_samples", "picture_samples"]
 
 
 def draw_samples(
@@ -30,6 +31,21 @@ def draw_samples(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         return model.sample(labels, temperature).cpu(), labels.cpu()
+
+
+def draw_boundary_samples(
+    model: MixtureFlow, count: int, beta: float = 0.5, seed: int = 0
+) -> Tensor:
+    """`count` samples between two classes, x' of `hybridflow.objective.boundary_sample`; on the CPU.
+
+    The random state is left as it was, as by `draw_samples`.
+    """
+    device = model.prior.means.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        z_k, _ = boundary_sample(model.prior, count, beta)
+        z_n = torch.randn(count, model.flow.latent_sizes[1], device=device)
+        return model.inverse(z_k, z_n).cpu()
 
 
 def picture_samples(x: Tensor, labels: Tensor, path: Path, class_names: tuple[str, ...]) -> None:

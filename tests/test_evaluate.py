@@ -270,6 +270,7 @@ class TestReport:
         assert "mass between the arms" in output
         assert report["mass_between_arms_of_data"] == pytest.approx(0.001, abs=0.0005)
         assert report["mass_between_arms_of_data"] < report["mass_between_arms"] <= 1
+        assert report["mass_between_arms_of_data"] < report["mass_between_arms_at_boundary"] <= 1
         itself = evaluated(monkeypatch, planar_run, "--against", "two-moons")
         assert itself["ood"]["auroc"]["log_prob"] == 0.5
 

@@ -109,20 +109,24 @@ def test_texts_of_a_png_are_read():
 
 
 def bridges(objective: str, seed: int, mass: float) -> dict:
-    found = {"mass_between_arms": mass, "mass_between_arms_of_data": 0.001}
+    found = {
+        "mass_between_arms": mass,
+        "mass_between_arms_at_boundary": 2 * mass,
+        "mass_between_arms_of_data": 0.001,
+    }
     samples = ["0.5 1 -0.5 1", "0 0 0.1 0.1"] * 2 + ["1 1 2 2"]
     planar = record(objective, seed, 0.9)
     planar["results"]["dataset"] = "pinwheel"
-    return planar | {"bridges": found, "samples": samples}
+    return planar | {"bridges": found, "samples": samples, "boundary_samples": "0 1 2 2"}
 
 
 def test_bridges_have_a_row_per_objective_beside_the_data(tmp_path: Path):
     records = [bridges("nll", seed, 0.1 + 0.02 * seed) for seed in range(2)]
     records += [bridges("nll+adversarial", seed, 0.05) for seed in range(2)]
     lines = run_tables.bridges(records).splitlines()
-    assert lines[2].startswith("| + likelihood | 11.0 ± 1.4 | 90.0 ± 0.0 |")
-    assert lines[3].startswith("| + likelihood, adversarial | 5.0 ± 0.0 |")
-    assert lines[4] == "| new data | 0.1 | | | |"
+    assert lines[2].startswith("| + likelihood | 22.0 ± 2.8 | 11.0 ± 1.4 | 90.0 ± 0.0 |")
+    assert lines[3].startswith("| + likelihood, adversarial | 10.0 ± 0.0 | 5.0 ± 0.0 |")
+    assert lines[4] == "| new data | | 0.1 | | |"
     pictures.bridges(records, tmp_path / "bridges.png", "digest")
     assert report.png_text((tmp_path / "bridges.png").read_bytes())["Source"] == "digest"
 
