@@ -18,9 +18,8 @@
 
 namespace {
 
-constexpr int64_t kHeldRows = 256;           // of the hidden layer
-constexpr int64_t kChunkBytes = 1 << 20;     // what is held of a chunk, about
-constexpr int64_t kMostPixels = 512;         // of a chunk of more than one image
+constexpr int64_t kHeldRows = 512;           // of the hidden layer
+constexpr int64_t kChunkPixels = 256;        // where images are not larger
 constexpr int64_t kItems = 16;               // of work, where there is enough of it
 constexpr int64_t kPartialFloats = 1 << 20;  // of the weights' gradients, over all groups
 
@@ -83,10 +82,7 @@ struct Plan {
 
   Plan(const Shape& shape, int64_t partial_floats)
       : shape(shape), held(ratio_up(shape.hidden_rows(), kHeldRows)) {
-    const int64_t windows = shape.first().rows() + shape.second().rows();
-    const int64_t bytes = 8 * windows + 6 * std::min(shape.hidden_rows(), kHeldRows);
-    const int64_t pixels = std::min(kChunkBytes / bytes, kMostPixels);
-    images = std::max<int64_t>(1, std::min(pixels / shape.plane(), shape.samples));
+    images = std::max<int64_t>(1, std::min(kChunkPixels / shape.plane(), shape.samples));
     chunks = ratio_up(shape.samples, images);
     blocks = blocks_of(images);
     const int64_t affordable = partial_floats == 0 ? chunks : kPartialFloats / partial_floats;
@@ -273,14 +269,10 @@ struct PackedWeights {
   Half* by_windows;  // on the left, (windows' tiles, hidden / 32)
 };
 
-// Of hidden rows block * 32 and on. `line` holds 32 rows of the windows' whole depth.
-template <class Copy>
-void pack_weights(const Shape& shape, const Windows& windows, int64_t block, const Copy& copy,
-                  float* lines, const PackedWeights& to) {
+// `lines` are the hidden rows block * 32 and on, with zeros up to the windows' whole depth.
+void pack_weights(const Shape& shape, const Windows& windows, int64_t block, const float* lines,
+                  const PackedWeights& to) {
   const int64_t depth = windows.depth(), length = depth * kDepth;
-  const int64_t rows = std::min(kDepth, shape.hidden - block * kDepth);
-  std::fill(lines, lines + kDepth * length, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) copy(block * kDepth + r, lines + r * length);
   if (to.by_hidden != nullptr)
     for (int64_t r = 0; r < kDepth; ++r)
       for (int64_t k = 0; k < depth; ++k)
@@ -303,34 +295,52 @@ void pack_weights(const Shape& shape, const Windows& windows, int64_t block, con
     }
 }
 
-void pack_first(const Shape& shape, const float* weight, int64_t block, float* lines,
-                const PackedWeights& to) {
-  const int64_t rows = shape.first().rows();
-  pack_weights(
-      shape, shape.first(), block,
-      [&](int64_t hidden, float* line) {
-        std::copy(weight + hidden * rows, weight + (hidden + 1) * rows, line);
-      },
-      lines, to);
+Range rows_of(const Shape& shape, int64_t block) {
+  return {block * kDepth, std::min((block + 1) * kDepth, shape.hidden)};
 }
 
-// A run of taps, from or to a place of its own for each output.
+// f(run, i, j): elements i, ... i + run - 1 of a tensor of the second weights are elements j, ... of rows
+// whose first is range.begin.
 template <class F>
-void for_each_run(const Shape& shape, int64_t hidden, const F& f) {
-  for (int64_t output = 0; output < shape.outputs; ++output)
-    f((output * shape.hidden + hidden) * shape.taps(), output * shape.taps());
+void for_each_run(const Shape& shape, Range range, int64_t length, const F& f) {
+  const auto of_taps = [&](auto taps) {
+    for (int64_t output = 0; output < shape.outputs; ++output)
+      for (int64_t row = range.begin; row < range.end; ++row)
+        f(taps, (output * shape.hidden + row) * taps, (row - range.begin) * length + output * taps);
+  };
+  if (shape.size == 1)
+    of_taps(std::integral_constant<int64_t, 1>());
+  else
+    of_taps(std::integral_constant<int64_t, 9>());
 }
 
-void pack_second(const Shape& shape, const float* weight, int64_t block, float* lines,
-                 const PackedWeights& to) {
-  pack_weights(
-      shape, shape.second(), block,
-      [&](int64_t hidden, float* line) {
-        for_each_run(shape, hidden, [&](int64_t from, int64_t at) {
-          for (int64_t tap = 0; tap < shape.taps(); ++tap) line[at + tap] = weight[from + tap];
-        });
-      },
-      lines, to);
+// Of 32 rows of which so many are there, what follows so many floats of each, and the others.
+void clear_padding(int64_t rows, int64_t floats, int64_t length, float* lines) {
+  for (int64_t r = 0; r < kDepth; ++r)
+    std::fill(lines + r * length + (r < rows ? floats : 0), lines + (r + 1) * length, 0.0f);
+}
+
+int64_t lines_floats(const Shape& shape) {
+  return std::max(shape.first().depth(), shape.second().depth()) * kDepth * kDepth;
+}
+
+// The hidden rows of a block, of both weights; `lines` is for use meanwhile.
+void pack(const Shape& shape, int64_t block, const float* weight1, const float* weight2,
+          float* lines, const PackedWeights& to1, const PackedWeights& to2) {
+  const Range range = rows_of(shape, block);
+  const Windows first = shape.first(), second = shape.second();
+  const int64_t length1 = first.depth() * kDepth, length2 = second.depth() * kDepth;
+  clear_padding(range.size(), first.rows(), length1, lines);
+  for (int64_t r = 0; r < range.size(); ++r) {
+    const float* from = weight1 + (range.begin + r) * first.rows();
+    std::copy(from, from + first.rows(), lines + r * length1);
+  }
+  pack_weights(shape, first, block, lines, to1);
+  clear_padding(range.size(), second.rows(), length2, lines);
+  for_each_run(shape, range, length2, [&](auto run, int64_t from, int64_t to) {
+    std::memcpy(lines + to, weight2 + from, run * sizeof(float));
+  });
+  pack_weights(shape, second, block, lines, to2);
 }
 
 // --- forward -------------------------------------------------------------------------------------
@@ -341,8 +351,8 @@ void activate(const float* sums, float bias, Halves& to) {
   read(sums + kTile, high);
   low += bias;
   high += bias;
-  low = low <= Floats{} ? Floats{} : low;  // NaN stays, -0 does not
-  high = high <= Floats{} ? Floats{} : high;
+  rectify(low);
+  rectify(high);
   round_to_halves(low, high, to);
 }
 
@@ -386,7 +396,7 @@ struct Forward {
     Half* hidden = take_halves(own_scratch, held_halves);
     float* rows = own_scratch.take(made_floats);
     float* line = own_scratch.take(plan.pixels());
-    alignas(64) float sums[kDepth * kDepth];
+    alignas(64) float sums[2][kDepth * kDepth];
 
     const Range images = {chunk * plan.images, std::min((chunk + 1) * plan.images, shape.samples)};
     view.stage(a + images.begin * shape.inputs * shape.plane(), images.size());
@@ -397,14 +407,21 @@ struct Forward {
     for (int64_t part = parts.begin; part < parts.end; ++part) {
       const Range held = plan.held_rows(part);
       const int64_t depth = held.size() / kDepth;
-      for (int64_t block = 0; block < view.blocks(); ++block)
-        for (int64_t k = 0; k < depth; ++k) {
-          const int64_t row = held.begin + k * kDepth;
-          product<2, 2>({weights1 + row / kTile * deep, deep}, {patches + 2 * block * deep, deep},
-                        seen.depth(), false, sums, kDepth);
-          Half* to = hidden + (2 * block * depth + k) * kTileHalves;
-          hide(sums, bias1 + row, to, to + depth * kTileHalves);
-        }
+      const auto multiply_rows = [&](int64_t block, int64_t k, int64_t i) {
+        const int64_t tile = held.begin / kTile + 2 * k;
+        product<2, 2>({weights1 + tile * deep, deep}, {patches + 2 * block * deep, deep},
+                      seen.depth(), false, sums[i % 2], kDepth);
+      };
+      const auto hide_rows = [&](int64_t block, int64_t k, int64_t i) {
+        Half* to = hidden + (2 * block * depth + k) * kTileHalves;
+        hide(sums[i % 2], bias1 + held.begin + k * kDepth, to, to + depth * kTileHalves);
+      };
+      // The next product runs while the last one's sums are read.
+      const int64_t count = view.blocks() * depth;
+      for (int64_t i = 0; i <= count; ++i) {
+        if (i < count) multiply_rows(i / depth, i % depth, i);
+        if (i > 0) hide_rows((i - 1) / depth, (i - 1) % depth, i - 1);
+      }
       multiply({weights2 + held.begin / kDepth * kTileHalves, shape.hidden_depth() * kTileHalves},
                made.tiles(), {hidden, depth * kTileHalves}, 2 * view.blocks(), depth,
                part > parts.begin, rows, plan.stride());
@@ -434,11 +451,9 @@ struct Forward {
     {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
-        const int64_t deepest = std::max(shape.first().depth(), shape.second().depth());
-        own_scratch.reserve(deepest * kDepth * kDepth);
-        float* lines = own_scratch.take(deepest * kDepth * kDepth);
-        pack_first(shape, weight1, block, lines, {weights1, nullptr});
-        pack_second(shape, weight2, block, lines, {nullptr, weights2});
+        own_scratch.reserve(lines_floats(shape));
+        float* lines = own_scratch.take(lines_floats(shape));
+        pack(shape, block, weight1, weight2, lines, {weights1, nullptr}, {nullptr, weights2});
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
@@ -521,7 +536,7 @@ struct Backward {
         round_to_halves(low, high, rows[i]);
         const int64_t at = (r + i) % kTile * kDepth;
         read(hidden[r / kTile] + at, active);
-        keep_positive(active, rows[i]);
+        keep_active(active, rows[i]);
         write(rows[i], left[r / kTile] + at);
       }
       interleave(rows[0], rows[1], low_pairs, high_pairs);
@@ -600,29 +615,38 @@ struct Backward {
     Half *hidden = parts[4], *left = parts[5], *right = parts[6];
     const int64_t of_seen = seen.depth() * kTileHalves, of_made = made.depth() * kTileHalves;
     const int64_t of_blocks = blocks * kTileHalves;
-    alignas(64) float product_sums[kDepth * kDepth];
+    alignas(64) float sums_hidden[kDepth * kDepth], sums_grad[kDepth * kDepth];
     const TileRegisters registers;
     const Range range = part_of(plan.held, plan.splits, split);
     for (int64_t part = range.begin; part < range.end; ++part) {
       const Range held = plan.held_rows(part);
       const int64_t depth = held.size() / kDepth, of_depth = depth * kTileHalves;
+      const auto finish_gradient = [&](int64_t block, int64_t k) {
+        const int64_t at = 2 * k * of_blocks + block * kTileHalves;
+        const int64_t at_right = 2 * block * of_depth + k * kTileHalves;
+        const Half* active[] = {hidden + at, hidden + at + of_blocks};
+        Half* to_left[] = {left + at, left + at + of_blocks};
+        Half* to_right[] = {right + at_right, right + at_right + of_depth};
+        hide_gradient(sums_grad, active, to_left, to_right);
+      };
+      // Each product runs while the sums of the one before it are read.
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t k = 0; k < depth; ++k) {
           const int64_t row = held.begin + k * kDepth, tile = row / kTile;
           const int64_t at = 2 * k * of_blocks + block * kTileHalves;
-          const int64_t at_right = 2 * block * of_depth + k * kTileHalves;
           product<2, 2>({weights1.by_hidden + tile * of_seen, of_seen},
-                        {patches + 2 * block * of_seen, of_seen}, seen.depth(), false,
-                        product_sums, kDepth);
-          hide(product_sums, bias1 + row, hidden + at, hidden + at + of_blocks);
+                        {patches + 2 * block * of_seen, of_seen}, seen.depth(), false, sums_hidden,
+                        kDepth);
+          if (k > 0)
+            finish_gradient(block, k - 1);
+          else if (block > 0)
+            finish_gradient(block - 1, depth - 1);
           product<2, 2>({weights2.by_hidden + tile * of_made, of_made},
                         {grad_patches + 2 * block * of_made, of_made}, made.depth(), false,
-                        product_sums, kDepth);
-          const Half* active[] = {hidden + at, hidden + at + of_blocks};
-          Half* to_left[] = {left + at, left + at + of_blocks};
-          Half* to_right[] = {right + at_right, right + at_right + of_depth};
-          hide_gradient(product_sums, active, to_left, to_right);
+                        sums_grad, kDepth);
+          hide(sums_hidden, bias1 + row, hidden + at, hidden + at + of_blocks);
         }
+      finish_gradient(blocks - 1, depth - 1);
       const int64_t tiles = held.size() / kTile;
       multiply({left, of_blocks}, tiles, {deep, of_blocks}, shape.first_tiles(), blocks, add,
                sums1(group) + held.begin * sizes.first, sizes.first);
@@ -635,20 +659,25 @@ struct Backward {
     }
   }
 
-  void write_hidden_row(int64_t row) const {
+  // The gradients of a block of hidden rows, from the groups' sums.
+  void write_weights(int64_t block) const {
     const Shape& shape = plan.shape;
+    const Range range = rows_of(shape, block);
     const int64_t of_first = shape.first().rows();
-    float *first = sums1(0) + row * sizes.first, *second = sums2(0) + row * sizes.second;
+    float* first = sums1(0) + range.begin * sizes.first;
+    float* second = sums2(0) + range.begin * sizes.second;
     for (int64_t group = 1; group < plan.groups; ++group) {
-      const float* more = sums1(group) + row * sizes.first;
-      for (int64_t i = 0; i < sizes.first; ++i) first[i] += more[i];
-      more = sums2(group) + row * sizes.second;
-      for (int64_t i = 0; i < sizes.second; ++i) second[i] += more[i];
+      const float* more = sums1(group) + range.begin * sizes.first;
+      for (int64_t i = 0; i < range.size() * sizes.first; ++i) first[i] += more[i];
+      more = sums2(group) + range.begin * sizes.second;
+      for (int64_t i = 0; i < range.size() * sizes.second; ++i) second[i] += more[i];
     }
-    std::copy(first, first + of_first, grad_weight1 + row * of_first);
-    grad_bias1[row] = first[of_first];
-    for_each_run(shape, row, [&](int64_t to, int64_t at) {
-      for (int64_t tap = 0; tap < shape.taps(); ++tap) grad_weight2[to + tap] = second[at + tap];
+    for (int64_t row = range.begin; row < range.end; ++row, first += sizes.first) {
+      std::copy(first, first + of_first, grad_weight1 + row * of_first);
+      grad_bias1[row] = first[of_first];
+    }
+    for_each_run(shape, range, sizes.second, [&](auto run, int64_t to, int64_t from) {
+      std::memcpy(grad_weight2 + to, second + from, run * sizeof(float));
     });
   }
 
@@ -675,11 +704,9 @@ struct Backward {
     {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
-        const int64_t deepest = std::max(shape.first().depth(), shape.second().depth());
-        own_scratch.reserve(deepest * kDepth * kDepth);
-        float* lines = own_scratch.take(deepest * kDepth * kDepth);
-        pack_first(shape, weight1, block, lines, weights1);
-        pack_second(shape, weight2, block, lines, weights2);
+        own_scratch.reserve(lines_floats(shape));
+        float* lines = own_scratch.take(lines_floats(shape));
+        pack(shape, block, weight1, weight2, lines, weights1, weights2);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
@@ -693,7 +720,7 @@ struct Backward {
         }
       }
 #pragma omp for schedule(static) nowait
-      for (int64_t row = 0; row < shape.hidden; ++row) write_hidden_row(row);
+      for (int64_t block = 0; block < shape.hidden_depth(); ++block) write_weights(block);
 #pragma omp for schedule(static)
       for (int64_t output = 0; output < shape.outputs; ++output) {
         float sum = bias_sums(0)[output];

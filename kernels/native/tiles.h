@@ -106,8 +106,15 @@ inline void round_to_halves(const Floats& low, const Floats& high, Halves& to) {
   to = (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
 
-inline void keep_positive(const Halves& of, Halves& value) {  // of is not negative
-  value = (Halves)_mm512_maskz_mov_epi16(_mm512_test_epi16_mask((__m512i)of, (__m512i)of),
+// Zero where negative; NaN stays, and so does the sign of zero.
+inline void rectify(Floats& value) {
+  value = (Floats)_mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), (__m512)value);
+}
+
+// Zero where a rectified number is.
+inline void keep_active(const Halves& rectified, Halves& value) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  value = (Halves)_mm512_maskz_mov_epi16(_mm512_test_epi16_mask((__m512i)rectified, magnitude),
                                          (__m512i)value);
 }
 
@@ -155,7 +162,11 @@ inline void round_to_halves(const Floats& low, const Floats& high, Halves& to) {
   }
 }
 
-inline void keep_positive(const Halves& of, Halves& value) { value &= (Halves)(of != Half{0}); }
+inline void rectify(Floats& value) { value = value < Floats{} ? Floats{} : value; }
+
+inline void keep_active(const Halves& rectified, Halves& value) {
+  value &= (Halves)((rectified & Half{0x7fff}) != Half{0});
+}
 
 #endif
 
