@@ -371,15 +371,15 @@ struct Forward {
     return plan.shape.samples * plan.shape.outputs * plan.shape.plane();
   }
 
-  // 32 hidden rows of 32 pixels: tiles on the right, whose columns are pixels.
-  void hide(const float* sums, const float* bias, Half* first, Half* second) const {
+  // 32 hidden rows of 32 pixels: two tiles on the right, `step` apart, whose columns are pixels.
+  static void hide(const float* sums, const float* bias, Half* to, int64_t step) {
     for (int64_t r = 0; r < kDepth; r += 2) {
       Halves x, y, low, high;
       activate(sums + r * kDepth, bias[r], x);
       activate(sums + (r + 1) * kDepth, bias[r + 1], y);
       interleave(x, y, low, high);
-      write(low, first + r / 2 * kDepth);
-      write(high, second + r / 2 * kDepth);
+      write(low, to + r / 2 * kDepth);
+      write(high, to + step + r / 2 * kDepth);
     }
   }
 
@@ -396,7 +396,7 @@ struct Forward {
     Half* hidden = take_halves(own_scratch, held_halves);
     float* rows = own_scratch.take(made_floats);
     float* line = own_scratch.take(plan.pixels());
-    alignas(64) float sums[2][kDepth * kDepth];
+    alignas(64) float sums[kDepth * kDepth];
 
     const Range images = {chunk * plan.images, std::min((chunk + 1) * plan.images, shape.samples)};
     view.stage(a + images.begin * shape.inputs * shape.plane(), images.size());
@@ -407,21 +407,14 @@ struct Forward {
     for (int64_t part = parts.begin; part < parts.end; ++part) {
       const Range held = plan.held_rows(part);
       const int64_t depth = held.size() / kDepth;
-      const auto multiply_rows = [&](int64_t block, int64_t k, int64_t i) {
-        const int64_t tile = held.begin / kTile + 2 * k;
-        product<2, 2>({weights1 + tile * deep, deep}, {patches + 2 * block * deep, deep},
-                      seen.depth(), false, sums[i % 2], kDepth);
-      };
-      const auto hide_rows = [&](int64_t block, int64_t k, int64_t i) {
-        Half* to = hidden + (2 * block * depth + k) * kTileHalves;
-        hide(sums[i % 2], bias1 + held.begin + k * kDepth, to, to + depth * kTileHalves);
-      };
-      // The next product runs while the last one's sums are read.
-      const int64_t count = view.blocks() * depth;
-      for (int64_t i = 0; i <= count; ++i) {
-        if (i < count) multiply_rows(i / depth, i % depth, i);
-        if (i > 0) hide_rows((i - 1) / depth, (i - 1) % depth, i - 1);
-      }
+      for (int64_t block = 0; block < view.blocks(); ++block)
+        for (int64_t k = 0; k < depth; ++k) {
+          const int64_t row = held.begin + k * kDepth;
+          product<2, 2>({weights1 + row / kTile * deep, deep}, {patches + 2 * block * deep, deep},
+                        seen.depth(), false, sums, kDepth);
+          Half* to = hidden + (2 * block * depth + k) * kTileHalves;
+          hide(sums, bias1 + row, to, depth * kTileHalves);
+        }
       multiply({weights2 + held.begin / kDepth * kTileHalves, shape.hidden_depth() * kTileHalves},
                made.tiles(), {hidden, depth * kTileHalves}, 2 * view.blocks(), depth,
                part > parts.begin, rows, plan.stride());
@@ -514,34 +507,34 @@ struct Backward {
     return sums2(group) + plan.shape.hidden_rows() * sizes.second;
   }
 
-  // 32 hidden rows of 32 pixels: tiles on the left, whose depth is pixels.
-  static void hide(const float* product, const float* bias, Half* first, Half* second) {
+  // 32 hidden rows of 32 pixels: two tiles on the left, `step` apart, whose depth is pixels.
+  static void hide(const float* sums, const float* bias, Half* to, int64_t step) {
     for (int64_t r = 0; r < kDepth; ++r) {
       Halves x;
-      activate(product + r * kDepth, bias[r], x);
-      write(x, (r < kTile ? first : second) + r % kTile * kDepth);
+      activate(sums + r * kDepth, bias[r], x);
+      write(x, to + r / kTile * step + r % kTile * kDepth);
     }
   }
 
-  // The gradient of such rows, as they are, and on the right as in the forward.
-  static void hide_gradient(const float* product, const Half* hidden[2], Half* left[2],
-                            Half* right[2]) {
+  // The gradient of such rows, likewise, and on the right as in the forward.
+  static void hide_gradient(const float* sums, const Half* hidden, Half* left, int64_t left_step,
+                            Half* right, int64_t right_step) {
     for (int64_t r = 0; r < kDepth; r += 2) {
       Halves rows[2], low_pairs, high_pairs;
       for (int64_t i = 0; i < 2; ++i) {
+        const int64_t at = r / kTile * left_step + (r + i) % kTile * kDepth;
         Floats low, high;
-        Halves active;
-        read(product + (r + i) * kDepth, low);
-        read(product + (r + i) * kDepth + kTile, high);
+        Halves rectified;
+        read(sums + (r + i) * kDepth, low);
+        read(sums + (r + i) * kDepth + kTile, high);
         round_to_halves(low, high, rows[i]);
-        const int64_t at = (r + i) % kTile * kDepth;
-        read(hidden[r / kTile] + at, active);
-        keep_active(active, rows[i]);
-        write(rows[i], left[r / kTile] + at);
+        read(hidden + at, rectified);
+        keep_active(rectified, rows[i]);
+        write(rows[i], left + at);
       }
       interleave(rows[0], rows[1], low_pairs, high_pairs);
-      write(low_pairs, right[0] + r / 2 * kDepth);
-      write(high_pairs, right[1] + r / 2 * kDepth);
+      write(low_pairs, right + r / 2 * kDepth);
+      write(high_pairs, right + right_step + r / 2 * kDepth);
     }
   }
 
@@ -615,38 +608,26 @@ struct Backward {
     Half *hidden = parts[4], *left = parts[5], *right = parts[6];
     const int64_t of_seen = seen.depth() * kTileHalves, of_made = made.depth() * kTileHalves;
     const int64_t of_blocks = blocks * kTileHalves;
-    alignas(64) float sums_hidden[kDepth * kDepth], sums_grad[kDepth * kDepth];
+    alignas(64) float tile_sums[kDepth * kDepth];
     const TileRegisters registers;
     const Range range = part_of(plan.held, plan.splits, split);
     for (int64_t part = range.begin; part < range.end; ++part) {
       const Range held = plan.held_rows(part);
       const int64_t depth = held.size() / kDepth, of_depth = depth * kTileHalves;
-      const auto finish_gradient = [&](int64_t block, int64_t k) {
-        const int64_t at = 2 * k * of_blocks + block * kTileHalves;
-        const int64_t at_right = 2 * block * of_depth + k * kTileHalves;
-        const Half* active[] = {hidden + at, hidden + at + of_blocks};
-        Half* to_left[] = {left + at, left + at + of_blocks};
-        Half* to_right[] = {right + at_right, right + at_right + of_depth};
-        hide_gradient(sums_grad, active, to_left, to_right);
-      };
-      // Each product runs while the sums of the one before it are read.
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t k = 0; k < depth; ++k) {
           const int64_t row = held.begin + k * kDepth, tile = row / kTile;
           const int64_t at = 2 * k * of_blocks + block * kTileHalves;
           product<2, 2>({weights1.by_hidden + tile * of_seen, of_seen},
-                        {patches + 2 * block * of_seen, of_seen}, seen.depth(), false, sums_hidden,
+                        {patches + 2 * block * of_seen, of_seen}, seen.depth(), false, tile_sums,
                         kDepth);
-          if (k > 0)
-            finish_gradient(block, k - 1);
-          else if (block > 0)
-            finish_gradient(block - 1, depth - 1);
+          hide(tile_sums, bias1 + row, hidden + at, of_blocks);
           product<2, 2>({weights2.by_hidden + tile * of_made, of_made},
                         {grad_patches + 2 * block * of_made, of_made}, made.depth(), false,
-                        sums_grad, kDepth);
-          hide(sums_hidden, bias1 + row, hidden + at, hidden + at + of_blocks);
+                        tile_sums, kDepth);
+          hide_gradient(tile_sums, hidden + at, left + at, of_blocks,
+                        right + 2 * block * of_depth + k * kTileHalves, of_depth);
         }
-      finish_gradient(blocks - 1, depth - 1);
       const int64_t tiles = held.size() / kTile;
       multiply({left, of_blocks}, tiles, {deep, of_blocks}, shape.first_tiles(), blocks, add,
                sums1(group) + held.begin * sizes.first, sizes.first);

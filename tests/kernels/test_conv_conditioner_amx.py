@@ -83,10 +83,10 @@ def test_where_every_sum_is_exact_so_is_every_result(shape):
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=lambda s: "-".join(map(str, s)))
 def test_otherwise_results_differ_by_little_more_than_sums_in_float32(shape):
     """A hidden number that lies where its rounding changes differs by 2^-8 of it. Of those a sum in float32
-    moves, one in some thousands; without rounding at all, results differ by 2e-3."""
+    moves, one in some thousands; without rounding at all, results differ by 3e-3 and more."""
     operands, grad = _operands(shape)
     for got, want in zip(_tiles(operands, grad), _reference(operands, grad), strict=True):
-        assert (got - want).norm() <= 2e-4 * want.norm()
+        assert (got - want).norm() <= 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("shape", [(70, 4, 40, 8, 8, 8, 3), (3, 12, 1100, 24, 2, 2, 3)])
