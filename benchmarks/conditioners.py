@@ -1,9 +1,9 @@
 """Measure the convolutional conditioner: `python -m benchmarks.conditioners`.
 
 Forward and backward at the shapes of the presets, as PyTorch runs it (contiguous and channels-last),
-compiled, and as `hybridflow.kernels.conv_conditioner` does. Where there is AMX, also PyTorch under autocast to
-bfloat16 and `conv_conditioner` with such products. Variants take turns in one run. Exit status: 0 if every
-variant was right.
+compiled, and as `hybridflow.kernels.conv_conditioner` does. Where there is AMX, also PyTorch under autocast
+to bfloat16 and `conv_conditioner` with such products. Variants take turns in one run. Exit status: 0 if
+every variant was right.
 """
 
 import argparse

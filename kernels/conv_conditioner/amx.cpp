@@ -32,16 +32,6 @@ int64_t of_halves(int64_t count) { return Scratch::rounded(ratio_up(count, 2)); 
 
 // --- shapes --------------------------------------------------------------------------------------
 
-struct Range {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
-
-Range part_of(int64_t size, int64_t parts, int64_t i) {
-  return {i * size / parts, (i + 1) * size / parts};
-}
-
 // The windows of a convolution: rows, one for each channel and tap.
 struct Windows {
   int64_t channels, taps;
@@ -77,8 +67,8 @@ struct Plan {
   Shape shape;
   int64_t images, chunks;  // images of a chunk
   int64_t blocks;          // of 32 pixels in a chunk
-  int64_t groups, splits;  // of chunks, of held rows
-  int64_t held;            // parts of the hidden rows that are held, one at a time
+  int64_t groups, splits;  // of chunks, of the parts that are held
+  int64_t held;            // parts of the hidden rows, of which one at a time is held
 
   Plan(const Shape& shape, int64_t partial_floats)
       : shape(shape), held(ratio_up(shape.hidden_rows(), kHeldRows)) {
@@ -91,6 +81,9 @@ struct Plan {
     splits = std::min(held, std::max<int64_t>(1, kItems / groups));
   }
 
+  Range images_of(int64_t chunk) const {
+    return {chunk * images, std::min((chunk + 1) * images, shape.samples)};
+  }
   int64_t blocks_of(int64_t some_images) const {
     return ratio_up(some_images * shape.plane(), kDepth);
   }
@@ -345,6 +338,7 @@ void pack(const Shape& shape, int64_t block, const float* weight1, const float* 
 
 // --- forward -------------------------------------------------------------------------------------
 
+// A row of 32 sums to 32 of the hidden layer.
 void activate(const float* sums, float bias, Halves& to) {
   Floats low, high;
   read(sums, low);
@@ -398,7 +392,7 @@ struct Forward {
     float* line = own_scratch.take(plan.pixels());
     alignas(64) float sums[kDepth * kDepth];
 
-    const Range images = {chunk * plan.images, std::min((chunk + 1) * plan.images, shape.samples)};
+    const Range images = plan.images_of(chunk);
     view.stage(a + images.begin * shape.inputs * shape.plane(), images.size());
     view.put_pixels_in_columns(patches);
     const TileRegisters registers;
@@ -467,10 +461,10 @@ struct Forward {
 
 // --- backward ------------------------------------------------------------------------------------
 
-// Gradients of weights with padding, a row for each hidden one: of the first convolution, and its bias
-// beside it; of the second; of the second bias.
+// Sizes of what a group adds up: with a row for each hidden one, the gradients of the first weights, with
+// that of their bias beside them, and of the second; and that of the second bias.
 struct Sums {
-  int64_t first, second, outputs;  // sizes of rows
+  int64_t first, second, outputs;
 
   explicit Sums(const Shape& shape)
       : first(shape.first_tiles() * kTile),
@@ -479,6 +473,14 @@ struct Sums {
   int64_t floats(const Shape& shape) const {
     return shape.hidden_rows() * (first + second) + Scratch::rounded(outputs);
   }
+};
+
+struct Buffers {  // of a chunk
+  Half *planes, *grad_planes;
+  Half *patches, *grad_patches;            // pixels in columns
+  Half *deep_patches, *deep_grad_patches;  // pixels in depth
+  Half *hidden, *left, *right;             // held rows, and their gradient on both sides
+  float *rows, *line;
 };
 
 struct Backward {
@@ -554,58 +556,62 @@ struct Backward {
     }
   }
 
+  Buffers buffers() const {
+    const Windows seen = plan.shape.first(), made = plan.shape.second();
+    const int64_t pixels = plan.pixels(), held_halves = pixels * plan.most_held();
+    const int64_t rows_floats = seen.tiles() * kTile * plan.stride();
+    Buffers own;
+    const struct {
+      Half** data;
+      int64_t halves;
+    } parts[] = {
+        {&own.planes, View::halves(plan, seen)},
+        {&own.grad_planes, View::halves(plan, made)},
+        {&own.patches, pixels * seen.depth() * kDepth},
+        {&own.grad_patches, pixels * made.depth() * kDepth},
+        {&own.deep_patches, pixels * sizes.first},
+        {&own.deep_grad_patches, pixels * sizes.second},
+        {&own.hidden, held_halves},
+        {&own.left, held_halves},
+        {&own.right, held_halves},
+    };
+    int64_t floats = rows_floats + pixels;
+    for (const auto& part : parts) floats += of_halves(part.halves);
+    own_scratch.reserve(floats);
+    for (const auto& part : parts) *part.data = take_halves(own_scratch, part.halves);
+    own.rows = own_scratch.take(rows_floats);
+    own.line = own_scratch.take(pixels);
+    return own;
+  }
+
   void item(int64_t group, int64_t split) const {
     const Shape& shape = plan.shape;
     const Windows seen = shape.first(), made = shape.second();
-    const int64_t held_halves = plan.pixels() * plan.most_held();
-    const int64_t seen_floats = seen.tiles() * kTile * plan.stride();
-    const int64_t sizes_of_halves[] = {
-        View::halves(plan, seen),
-        View::halves(plan, made),
-        plan.pixels() * seen.depth() * kDepth,
-        plan.pixels() * made.depth() * kDepth,
-        plan.pixels() * sizes.first,
-        plan.pixels() * sizes.second,
-        held_halves,
-        held_halves,
-        held_halves,
-    };
-    int64_t floats = seen_floats + plan.pixels();
-    for (const int64_t size : sizes_of_halves) floats += of_halves(size);
-    own_scratch.reserve(floats);
-    Half* parts[9];
-    for (int64_t i = 0; i < 9; ++i) parts[i] = take_halves(own_scratch, sizes_of_halves[i]);
-    float* rows = own_scratch.take(seen_floats);
-    float* line = own_scratch.take(plan.pixels());
-    View view(plan, masks, seen, false, parts[0]), grad_view(plan, masks, made, true, parts[1]);
-    Half *patches = parts[2], *grad_patches = parts[3], *deep = parts[4], *grad_deep = parts[5];
-
+    const Buffers own = buffers();
+    View view(plan, masks, seen, false, own.planes);
+    View grad_view(plan, masks, made, true, own.grad_planes);
     if (split == 0) std::fill(bias_sums(group), bias_sums(group) + shape.outputs, 0.0f);
     const Range chunks = part_of(plan.chunks, plan.groups, group);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const Range images = {chunk * plan.images,
-                            std::min((chunk + 1) * plan.images, shape.samples)};
+      const Range images = plan.images_of(chunk);
       view.stage(a + images.begin * shape.inputs * shape.plane(), images.size());
       grad_view.stage(grad + images.begin * shape.outputs * shape.plane(), images.size());
-      view.put_pixels_in_columns(patches);
-      grad_view.put_pixels_in_columns(grad_patches);
-      view.put_pixels_in_depth(shape.first_tiles(), deep);
-      grad_view.put_pixels_in_depth(made.tiles(), grad_deep);
+      view.put_pixels_in_columns(own.patches);
+      grad_view.put_pixels_in_columns(own.grad_patches);
+      view.put_pixels_in_depth(shape.first_tiles(), own.deep_patches);
+      grad_view.put_pixels_in_depth(made.tiles(), own.deep_grad_patches);
       if (split == 0) add_bias2(images, bias_sums(group));
-      multiply_all(view.blocks(), group, split, chunk > chunks.begin, parts + 2, rows);
+      multiply_chunk(view.blocks(), group, split, chunk > chunks.begin, own);
       const int64_t first = images.begin * shape.inputs * shape.plane();
-      fold_windows(plan, masks, seen, true, rows, nullptr, images.size(), line,
+      fold_windows(plan, masks, seen, true, own.rows, nullptr, images.size(), own.line,
                    (plan.splits == 1 ? grad_in : partial_in + split * in_floats()) + first);
     }
   }
 
-  void multiply_all(int64_t blocks, int64_t group, int64_t split, bool add, Half** parts,
-                    float* rows) const {
+  void multiply_chunk(int64_t blocks, int64_t group, int64_t split, bool add,
+                      const Buffers& own) const {
     const Shape& shape = plan.shape;
     const Windows seen = shape.first(), made = shape.second();
-    const Half *patches = parts[0], *grad_patches = parts[1], *deep = parts[2],
-               *grad_deep = parts[3];
-    Half *hidden = parts[4], *left = parts[5], *right = parts[6];
     const int64_t of_seen = seen.depth() * kTileHalves, of_made = made.depth() * kTileHalves;
     const int64_t of_blocks = blocks * kTileHalves;
     alignas(64) float tile_sums[kDepth * kDepth];
@@ -619,23 +625,23 @@ struct Backward {
           const int64_t row = held.begin + k * kDepth, tile = row / kTile;
           const int64_t at = 2 * k * of_blocks + block * kTileHalves;
           product<2, 2>({weights1.by_hidden + tile * of_seen, of_seen},
-                        {patches + 2 * block * of_seen, of_seen}, seen.depth(), false, tile_sums,
-                        kDepth);
-          hide(tile_sums, bias1 + row, hidden + at, of_blocks);
-          product<2, 2>({weights2.by_hidden + tile * of_made, of_made},
-                        {grad_patches + 2 * block * of_made, of_made}, made.depth(), false,
+                        {own.patches + 2 * block * of_seen, of_seen}, seen.depth(), false,
                         tile_sums, kDepth);
-          hide_gradient(tile_sums, hidden + at, left + at, of_blocks,
-                        right + 2 * block * of_depth + k * kTileHalves, of_depth);
+          hide(tile_sums, bias1 + row, own.hidden + at, of_blocks);
+          product<2, 2>({weights2.by_hidden + tile * of_made, of_made},
+                        {own.grad_patches + 2 * block * of_made, of_made}, made.depth(), false,
+                        tile_sums, kDepth);
+          hide_gradient(tile_sums, own.hidden + at, own.left + at, of_blocks,
+                        own.right + 2 * block * of_depth + k * kTileHalves, of_depth);
         }
       const int64_t tiles = held.size() / kTile;
-      multiply({left, of_blocks}, tiles, {deep, of_blocks}, shape.first_tiles(), blocks, add,
-               sums1(group) + held.begin * sizes.first, sizes.first);
-      multiply({hidden, of_blocks}, tiles, {grad_deep, of_blocks}, made.tiles(), blocks, add,
-               sums2(group) + held.begin * sizes.second, sizes.second);
+      multiply({own.left, of_blocks}, tiles, {own.deep_patches, of_blocks}, shape.first_tiles(),
+               blocks, add, sums1(group) + held.begin * sizes.first, sizes.first);
+      multiply({own.hidden, of_blocks}, tiles, {own.deep_grad_patches, of_blocks}, made.tiles(),
+               blocks, add, sums2(group) + held.begin * sizes.second, sizes.second);
       multiply({weights1.by_windows + held.begin / kDepth * kTileHalves,
                 shape.hidden_depth() * kTileHalves},
-               seen.tiles(), {right, of_depth}, 2 * blocks, depth, part > range.begin, rows,
+               seen.tiles(), {own.right, of_depth}, 2 * blocks, depth, part > range.begin, own.rows,
                plan.stride());
     }
   }

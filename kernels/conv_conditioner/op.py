@@ -40,7 +40,7 @@ class _ConvConditioner(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *native_impl.backward(grad, *ctx.saved_tensors, ctx.tiles), None
+        return *native_impl.backward(grad, *ctx.saved_tensors, tiles=ctx.tiles), None
 
 
 def conv_conditioner(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .._operator import first_order
 
@@ -46,9 +47,9 @@ class _Rounded(torch.autograd.Function):
         a, weight1, hidden, weight2 = ctx.saved_tensors
         pad = weight1.shape[2] // 2
         grad_bias2, grad = grad.sum((0, 2, 3)), _rounded(grad)
-        grad_weight2 = torch.nn.grad.conv2d_weight(hidden, weight2.shape, grad, padding=pad)
-        grad_hidden = torch.nn.grad.conv2d_input(hidden.shape, weight2, grad, padding=pad)
+        grad_weight2 = conv2d_weight(hidden, weight2.shape, grad, padding=pad)
+        grad_hidden = conv2d_input(hidden.shape, weight2, grad, padding=pad)
         grad_hidden = _rounded(grad_hidden.where(~(hidden <= 0), 0))
-        grad_weight1 = torch.nn.grad.conv2d_weight(a, weight1.shape, grad_hidden, padding=pad)
-        grad_a = torch.nn.grad.conv2d_input(a.shape, weight1, grad_hidden, padding=pad)
+        grad_weight1 = conv2d_weight(a, weight1.shape, grad_hidden, padding=pad)
+        grad_a = conv2d_input(a.shape, weight1, grad_hidden, padding=pad)
         return grad_a, grad_weight1, grad_hidden.sum((0, 2, 3)), grad_weight2, grad_bias2

@@ -37,7 +37,9 @@ _PATH = Path(__file__).with_name(f"libhybridflow_native{_SUFFIX}")
 
 Reference = Any  # what ctypes.byref gives
 Argument = Tensor | Reference | int | float | None
-_Functions = dict[str, tuple[Any, list[int]]]  # by name: the function, and which arguments are tensors
+_Functions = dict[
+    str, tuple[Any, list[int]]
+]  # by name: the function, and which arguments are tensors
 
 
 class NativeLibraryError(RuntimeError):
@@ -93,8 +95,16 @@ class Library:
         self._run(self._functions, self.isa, name, arguments)
 
     def call_tiles(self, name: str, *arguments: Argument) -> None:
-        """`call` for a function of tiles; `tiles` says whether there are any."""
-        self._run(self._tile_functions, str(self.tiles), name, arguments)
+        """`call` for a function of tiles.
+
+        Raises:
+            NativeLibraryError: `tiles` is None.
+        """
+        if self.tiles is None:
+            raise NativeLibraryError(
+                "this processor, its kernel or the library's compiler lacks AMX"
+            )
+        self._run(self._tile_functions, self.tiles, name, arguments)
 
     def accepts(self, name: str, *arguments: Argument) -> bool:
         """`call` for a function that checks its operands: False if it refused them, and did nothing."""

@@ -176,8 +176,8 @@ inline void keep_active(const Halves& rectified, Halves& value) {
 #define HYBRIDFLOW_HALVES(a, b, ...) __builtin_shuffle(a, b, Halves{__VA_ARGS__})
 #endif
 
-// Two rows of 32 numbers become two rows of 16 pairs. Of a row in `mixed` order, which is that of its parts of
-// four 0 4 1 5 2 6 3 7, the pairs come in order; of one in order they come as 0 2 4 6 and 1 3 5 7.
+// Two rows of 32 numbers become two rows of 16 pairs. Of rows in mixed order, that of their parts of four
+// 0 4 1 5 2 6 3 7, the pairs come in order; of rows in order they come as 0 2 4 6 and 1 3 5 7.
 inline void interleave(const Halves& x, const Halves& y, Halves& first, Halves& second) {
   first = HYBRIDFLOW_HALVES(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48,
                             17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);

@@ -125,6 +125,11 @@ def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(value):
     assert bool(got[5].isfinite().all())  # of bias2
 
 
+def test_without_tiles_a_call_of_them_is_refused():
+    with native.load().using_tiles(None), pytest.raises(native.NativeLibraryError, match="AMX"):
+        _tiles(*_operands(SHAPES[5]))
+
+
 def test_a_nan_before_the_relu_is_not_taken_for_zero():
     operands, grad = _operands((2, 2, 5, 3, 4, 4, 3))
     operands[2][2] = float("nan")
