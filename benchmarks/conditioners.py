@@ -1,11 +1,13 @@
 """Measure the convolutional conditioner: `python -m benchmarks.conditioners`.
 
 Forward and backward at the shapes of the presets, as PyTorch runs it (contiguous and channels-last),
-compiled, and as `hybridflow.kernels.conv_conditioner` does. Variants take turns in one run. Exit status: 0 if
+compiled, and as `hybridflow.kernels.conv_conditioner` does. Where there is AMX, also PyTorch under autocast
+to bfloat16 and `conv_conditioner` with such products. Variants take turns in one run. Exit status: 0 if
 every variant was right.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import machine, quantiles, relative_errors, rounds_for, verdict
-from hybridflow.kernels import conv_conditioner
+from hybridflow.kernels import conv_conditioner, native
 
 __all__ = ["SHAPES", "Shape", "main", "matmul_rate", "measure"]
 
@@ -65,6 +67,11 @@ def _plain(a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Te
     return F.conv2d(hidden, weight2, bias2, padding=1)
 
 
+def _autocast(*operands: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return _plain(*operands)
+
+
 def _operands(shape: Shape) -> tuple[list[Tensor], Tensor]:
     """a, weights and biases, and the gradient of the output.
 
@@ -92,7 +99,7 @@ def _operands(shape: Shape) -> tuple[list[Tensor], Tensor]:
 def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     leaves = [v.detach().requires_grad_() for v in values]
     out = function(*leaves)
-    return [out, *torch.autograd.grad(out, leaves, grad)]
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
 def _named(results: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -113,6 +120,13 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
         "compile": lambda: _step(compiled, values, grad),
         "fused": lambda: _step(conv_conditioner, values, grad),
     }
+    if native.available() and native.load().tiles is not None:
+        rounded = functools.partial(conv_conditioner, products=torch.bfloat16)
+        calls |= {
+            "eager, bf16": lambda: _step(_autocast, values, grad),
+            "eager, channels-last, bf16": lambda: _step(_autocast, last, grad_last),
+            "fused, bf16": lambda: _step(rounded, values, grad),
+        }
     exact = _named(_step(_plain, [v.double() for v in values], grad.double()))
     errors = {name: relative_errors(_named(call()), exact) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -127,9 +141,10 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
     rows = []
     for name, us in times.items():
         low, middle, high = quantiles(us)
-        problems = verdict(
-            errors[name], torch.float32, None if name == "eager" else errors["eager"]
-        )
+        eager, dtype = "eager", torch.float32
+        if name.endswith(", bf16"):
+            eager, dtype = "eager, bf16", torch.bfloat16
+        problems = verdict(errors[name], dtype, None if name == eager else errors[eager])
         rows.append(
             asdict(shape)
             | {"variant": name, "us": [round(t, 1) for t in (low, middle, high)]}
@@ -161,8 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for shape in SHAPES:
         rate = matmul_rate()
-        rows += [row | {"matmul_gflop_s": rate} for row in measure(shape)]
-        print(shape, {row["variant"]: row["us"][1] for row in rows[-4:]}, flush=True)
+        measured = measure(shape)
+        rows += [row | {"matmul_gflop_s": rate} for row in measured]
+        print(shape, {row["variant"]: row["us"][1] for row in measured}, flush=True)
     results = {
         "command": ["python", "-m", "benchmarks.conditioners", *(argv or sys.argv[1:])],
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -70,14 +70,6 @@ struct Grid {
   int64_t positions() const { return rows() * width; }
 };
 
-struct Range {
-  int64_t begin, end;
-};
-
-Range part_of(int64_t size, int64_t parts, int64_t i) {
-  return {i * size / parts, (i + 1) * size / parts};
-}
-
 // Of an elementwise operation that takes as long, about; each weight is moved once or twice.
 int64_t elements(const Net& net, double flops) {
   return static_cast<int64_t>(flops / 256) + net.weights() / 2;

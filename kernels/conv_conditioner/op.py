@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, native
 from .._operator import check, check_float, first_order
 from . import native_impl, reference
 
@@ -14,28 +14,43 @@ __all__ = ["conv_conditioner", "is_native"]
 _SIZES = (1, 3)  # of the convolutions' kernels
 
 
-def is_native(a: Tensor) -> bool:
+def is_native(a: Tensor, products: torch.dtype | None = None) -> bool:
     """Whether `conv_conditioner` of this input is made by kernels of its own."""
     compiling = torch.compiler.is_compiling()  # then the choice could not be traced
-    return not compiling and a.dtype is torch.float32 and _backend.choose(a) == "native"
+    if compiling or a.dtype is not torch.float32 or _backend.choose(a) != "native":
+        return False
+    return products is None or native.load().tiles is not None
 
 
 class _ConvConditioner(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+        ctx: Any,
+        a: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        tiles: bool,
     ) -> Tensor:
         ctx.save_for_backward(a, weight1, bias1, weight2)
-        return native_impl.forward(a, weight1, bias1, weight2, bias2)
+        ctx.tiles = tiles
+        return native_impl.forward(a, weight1, bias1, weight2, bias2, tiles)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return native_impl.backward(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *native_impl.backward(grad, *ctx.saved_tensors, tiles=ctx.tiles), None
 
 
 def conv_conditioner(
-    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+    a: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """Two convolutions with a ReLU between them, whose hidden layer is never stored.
 
@@ -46,12 +61,17 @@ def conv_conditioner(
     torch.compile, this is PyTorch's own convolutions. Differentiable once, with respect to every
     argument.
 
+    With `products`, what is multiplied, forward and backward, is first rounded to that type: a, the
+    weights, the hidden layer and the gradients of it and of params. Everything else, and every sum, stays
+    float32. Processors with AMX have instructions for it.
+
     Args:
         a: (B, I, h, w).
         weight1: (H, I, K, K), with K 1 or 3.
         bias1: (H,).
         weight2: (O, H, K, K).
         bias2: (O,).
+        products: torch.bfloat16, for operands in float32; None for the type of a.
 
     Returns:
         params, (B, O, h, w).
@@ -60,9 +80,20 @@ def conv_conditioner(
         ValueError: a shape, type or device does not fit.
     """
     _check(a, weight1, bias1, weight2, bias2)
-    if is_native(a):
-        return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2)
-    return reference.forward(a, weight1, bias1, weight2, bias2)
+    rounded = products is not None
+    if rounded:
+        _check_products(a, products)
+    if is_native(a, products):
+        return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2, rounded)
+    forward = reference.forward_rounded if rounded else reference.forward
+    return forward(a, weight1, bias1, weight2, bias2)
+
+
+def _check_products(a: Tensor, products: torch.dtype | None) -> None:
+    if products is not torch.bfloat16:
+        raise ValueError(f"products: got {products}, want torch.bfloat16 or None")
+    if a.dtype is not torch.float32:
+        raise ValueError(f"a: got {a.dtype}, want torch.float32 with products")
 
 
 def _check(a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:

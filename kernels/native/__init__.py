@@ -1,7 +1,8 @@
 """The native CPU library: loading it, and calling its functions on tensors.
 
 The library is plain C, built from the `native.cpp` of every op (see CMakeLists.txt) once per
-instruction set. A function `f` is exported as `hybridflow_<instruction set>_f`.
+instruction set. A function `f` is exported as `hybridflow_<instruction set>_f`. So is one of tiles, from an
+`amx.cpp`: once for AMX, where the compiler knows it, and once emulated.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Imported before the library is opened: torch brings the OpenMP runtime (its wheel's libgomp.so.1),
 # which then also serves this library, since that asks for the same SONAME: one pool of threads
@@ -36,6 +37,9 @@ _PATH = Path(__file__).with_name(f"libhybridflow_native{_SUFFIX}")
 
 Reference = Any  # what ctypes.byref gives
 Argument = Tensor | Reference | int | float | None
+_Functions = dict[
+    str, tuple[Any, list[int]]
+]  # by name: the function, and which arguments are tensors
 
 
 class NativeLibraryError(RuntimeError):
@@ -51,7 +55,14 @@ class Library:
             isa for isa in INSTRUCTION_SETS if self._dll.hybridflow_runs(isa.encode())
         )
         self.isa = self.supported[0]
-        self._functions: dict[str, tuple[Any, list[int]]] = {}  # of `isa`
+        self._functions: _Functions = {}  # of `isa`
+        self._tile_functions: _Functions = {}  # of `tiles`
+
+    @functools.cached_property
+    def tiles(self) -> str | None:
+        """How `call_tiles` runs: "amx", or None if it cannot: the processor, the kernel or the compiler
+        that built the library lacks it. Linux is asked for the registers when this is first read."""
+        return "amx" if self._dll.hybridflow_runs(b"amx") else None
 
     @contextmanager
     def using(self, isa: str) -> Iterator[None]:
@@ -65,24 +76,50 @@ class Library:
         finally:
             self.isa, self._functions = before
 
+    @contextmanager
+    def using_tiles(self, tiles: Literal["amx", "emulated"] | None) -> Iterator[None]:
+        """Run `call_tiles` so inside a `with` block. For tests: not safe with threads."""
+        if tiles is not None and not self._dll.hybridflow_runs(tiles.encode()):
+            raise ValueError(f"tiles: got {tiles!r}, which does not run here")
+        before = self.tiles, self._tile_functions
+        self.tiles, self._tile_functions = tiles, {}
+        try:
+            yield
+        finally:
+            self.tiles, self._tile_functions = before
+
     def call(self, name: str, *arguments: Argument) -> None:
         """Call `name`: tensors (contiguous, on the CPU) and references pass as pointers and None as a
         null pointer, integers as int64_t, floats as double; the number of threads torch uses now comes
         last."""
-        self._run(name, arguments)
+        self._run(self._functions, self.isa, name, arguments)
+
+    def call_tiles(self, name: str, *arguments: Argument) -> None:
+        """`call` for a function of tiles.
+
+        Raises:
+            NativeLibraryError: `tiles` is None.
+        """
+        if self.tiles is None:
+            raise NativeLibraryError(
+                "this processor, its kernel or the library's compiler lacks AMX"
+            )
+        self._run(self._tile_functions, self.tiles, name, arguments)
 
     def accepts(self, name: str, *arguments: Argument) -> bool:
         """`call` for a function that checks its operands: False if it refused them, and did nothing."""
-        return self._run(name, arguments) != 0
+        return self._run(self._functions, self.isa, name, arguments) != 0
 
-    def _run(self, name: str, arguments: tuple[Argument, ...]) -> int:
-        known = self._functions.get(name)
+    def _run(
+        self, functions: _Functions, isa: str, name: str, arguments: tuple[Argument, ...]
+    ) -> int:
+        known = functions.get(name)
         if known is None:
             # What each argument is holds for every call; said once, ctypes converts faster.
-            function = getattr(self._dll, f"hybridflow_{self.isa}_{name}")
+            function = getattr(self._dll, f"hybridflow_{isa}_{name}")
             function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
             tensors = [i for i, a in enumerate(arguments) if a is None or isinstance(a, Tensor)]
-            known = self._functions[name] = function, tensors
+            known = functions[name] = function, tensors
         function, tensors = known
         values: list[Any] = [*arguments, torch.get_num_threads()]
         for i in tensors:

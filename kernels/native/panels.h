@@ -26,6 +26,16 @@ struct Parts {
   int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
 };
 
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
+inline Range part_of(int64_t size, int64_t parts, int64_t i) {
+  return {i * size / parts, (i + 1) * size / parts};
+}
+
 // f(std::integral_constant<int, rows>()) for rows in 1 .. most.
 template <int most, class F>
 inline void with_constant(int64_t rows, const F& f) {

@@ -129,10 +129,12 @@ def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
     """What the conditioner makes of a: by one op where there is one for it and that is faster."""
-    if a.dim() == 4 and is_native(a) and _is_eager(a):
+    device = a.device.type
+    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if a.dim() == 4 and products in (None, torch.bfloat16) and is_native(a, products):
         weights = _weights_of_one_op(conditioner, a.shape, a)
         if weights is not None:
-            return conv_conditioner(a, *weights)
+            return conv_conditioner(a, *weights, products=products)
     return conditioner(a)
 
 

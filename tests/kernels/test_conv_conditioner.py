@@ -1,4 +1,7 @@
-"""The conditioner as an op, and in a fused step. Its kernels: test_conv_conditioner_native.py."""
+"""The conditioner as an op, and in a fused step.
+
+Its kernels: test_conv_conditioner_native.py, test_conv_conditioner_amx.py.
+"""
 
 import copy
 import functools
@@ -11,7 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from hybridflow.flow.coupling import FlowStep
 from hybridflow.flow.coupling import conv_conditioner as make_conditioner
-from hybridflow.kernels import conv_conditioner, fuse, native, unfuse
+from hybridflow.kernels import _backend, conv_conditioner, fuse, native, unfuse
+from hybridflow.kernels.conv_conditioner import reference
 from hybridflow.kernels.swap import _choices
 from hybridflow.kernels.swap import hybridflow as swap
 
@@ -62,6 +66,33 @@ def test_compiled_whole_it_is_pytorchs_own():
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
+def test_rounded_products_without_amx_are_the_reference_in_eager_mode_and_compiled():
+    leaves = operands()
+    want = results(reference.forward_rounded, leaves)
+    rounded = functools.partial(conv_conditioner, products=torch.bfloat16)
+    with native.load().using_tiles(None):
+        assert all(map(torch.equal, results(rounded, leaves), want))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, results(rounded, leaves), want))
+    compiled = torch.compile(rounded, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(results(compiled, leaves), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "products"),
+    (
+        ("products", torch.float32, torch.float16),
+        ("products", torch.float32, torch.float32),
+        ("a", torch.bfloat16, torch.bfloat16),
+        ("a", torch.float64, torch.bfloat16),
+    ),
+)
+def test_types_without_rounded_products_are_named(name, dtype, products):
+    with pytest.raises(ValueError, match=f"^{name}: got torch.*, want torch"):
+        conv_conditioner(*operands(dtype=dtype), products=products)
+
+
 def test_an_expanded_gradient_and_strided_operands_are_read_right():
     leaves = operands()
     strided = [v.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for v in leaves]
@@ -106,9 +137,9 @@ def calls(monkeypatch):
     """How often a fused step takes the fused conditioner, where the table leaves it the choice."""
     made = []
 
-    def counted(*operands):
-        made.append(operands)
-        return conv_conditioner(*operands)
+    def counted(*operands, products=None):
+        made.append(products)
+        return conv_conditioner(*operands, products=products)
 
     monkeypatch.setattr(swap, "conv_conditioner", counted)
     with _choices.using(True):
@@ -258,14 +289,30 @@ def test_while_it_is_traced_the_step_is_not_one_op(monkeypatch):
     assert not asked
 
 
-def test_it_is_not_taken_where_the_table_says_so_or_under_autocast(calls):
+def test_it_is_not_taken_where_the_table_says_so_or_under_autocast_without_amx(calls):
     model = step()
     fuse(model)
     with _choices.using(False):
         model(torch.randn(9, 6, 4, 4))
-    with torch.autocast("cpu", torch.bfloat16):
+    with native.load().using_tiles(None), torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(9, 6, 4, 4))
     assert not calls
+
+
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+def test_under_autocast_to_bfloat16_its_products_are_of_that_type(calls, direction):
+    model, x = step(), torch.randn(9, 6, 4, 4)
+    fuse(model)
+    with native.load().using_tiles("emulated"):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, log_det = getattr(model, direction)(x)
+        with torch.autocast("cpu", torch.float16):
+            getattr(model, direction)(x)
+    assert calls == [torch.bfloat16]
+    with _backend.using("reference"):
+        exact, exact_log_det = getattr(model, direction)(x)
+    assert 1e-4 < (rounded - exact).abs().max() < 0.1
+    assert torch.allclose(log_det, exact_log_det, rtol=0.01, atol=0.2)
 
 
 @pytest.mark.parametrize("direction", ("forward", "inverse"))

@@ -43,6 +43,17 @@ def test_an_instruction_set_that_is_not_there_is_refused():
         pass
 
 
+@pytest.mark.skipif(not native.available(), reason=native.why_missing())
+def test_tiles_that_do_not_run_are_refused_and_restored_after_use():
+    library = native.load()
+    before = library.tiles
+    with pytest.raises(ValueError, match="tiles: got 'sme'"), library.using_tiles("sme"):
+        pass
+    with library.using_tiles("emulated"):
+        assert library.tiles == "emulated"
+    assert library.tiles == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(not native.available(), reason=native.why_missing())
 def test_torch_and_the_library_share_one_openmp_runtime():
