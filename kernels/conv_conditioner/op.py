@@ -40,7 +40,8 @@ class _ConvConditioner(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *native_impl.backward(grad, *ctx.saved_tensors, tiles=ctx.tiles), None
+        a, weight1, bias1, weight2 = ctx.saved_tensors
+        return *native_impl.backward(grad, a, weight1, bias1, weight2, ctx.tiles), None
 
 
 def conv_conditioner(

@@ -37,9 +37,8 @@ _PATH = Path(__file__).with_name(f"libhybridflow_native{_SUFFIX}")
 
 Reference = Any  # what ctypes.byref gives
 Argument = Tensor | Reference | int | float | None
-_Functions = dict[
-    str, tuple[Any, list[int]]
-]  # by name: the function, and which arguments are tensors
+# By name: the function, and which of its arguments are tensors.
+_Functions = dict[str, tuple[Any, list[int]]]
 
 
 class NativeLibraryError(RuntimeError):
