@@ -63,30 +63,47 @@ def priors(results: Results) -> str:
 
 
 def conditioners(results: Results) -> str:
-    """Convolutional conditioners, a row per shape: times, how many times faster, and the rate."""
-    lines = [
-        "| data | batch × channels × size², hidden | eager, ms | compiled, ms | fused, ms | × eager "
-        "| × compiled | GFLOP/s | of a product's |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """Convolutional conditioners, a row per shape: times, how many times faster, the rate, and the times
+    in bfloat16 where they were measured."""
     shapes: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in results["rows"]:
         key = tuple(row[k] for k in ("data", "batch", "channels", "size", "hidden"))
         shapes.setdefault(key, {})[row["variant"]] = row
+    narrow = any(_in_bf16(variants) for variants in shapes.values())
+    columns = ["eager, ms", "compiled, ms", "fused, ms", "× eager", "× compiled", "GFLOP/s"]
+    columns += ["of a product's", *(["bf16: eager, ms", "fused, ms", "× eager"] * narrow)]
+    lines = [
+        f"| data | batch × channels × size², hidden | {' | '.join(columns)} |",
+        f"|---|---|{'---:|' * len(columns)}",
+    ]
     for (data, batch, channels, size, hidden), variants in shapes.items():
         fused, compiled, eager = variants["fused"], variants["compile"], _eager(variants)
-        times = (_milliseconds(row) for row in (eager, compiled, fused))
-        ratios = (_ratio(fused, row) for row in (eager, compiled))
+        cells = [data, f"{batch}×{channels}×{size}², {hidden}"]
+        cells += [_milliseconds(row) for row in (eager, compiled, fused)]
+        cells += [_ratio(fused, row) for row in (eager, compiled)]
         share = f"{fused['gflop_s'] / fused['matmul_gflop_s']:.0%}".replace("%", " %")
-        cells = [data, f"{batch}×{channels}×{size}², {hidden}", *times, *ratios]
-        lines.append(f"| {' | '.join(cells)} | {fused['gflop_s']:.0f} | {share} |")
+        cells += [f"{fused['gflop_s']:.0f}", share]
+        if of_bf16 := _in_bf16(variants):
+            fused, eager = of_bf16["fused"], _eager(of_bf16)
+            cells += [_milliseconds(eager), _milliseconds(fused), _ratio(fused, eager)]
+        lines.append(f"| {' | '.join(cells)} |")
+    bf16 = (
+        "In bfloat16 the products alone are narrow, by AMX; eager is PyTorch under autocast. "
+        if narrow
+        else ""
+    )
     lines.append(
         "\nMedians of forward and backward; eager is the better of contiguous and channels-last. The rate "
         "counts three times two 3×3 convolutions, as if no tap fell outside of the image and nothing were "
         "computed twice; its share is of PyTorch's product of 1024×1024 matrices, measured before each row. "
-        f"{_hardware(results)}."
+        f"{bf16}{_hardware(results)}."
     )
     return "\n".join(lines)
+
+
+def _in_bf16(variants: Mapping[str, Row]) -> dict[str, Row]:
+    suffix = ", bf16"
+    return {n.removesuffix(suffix): row for n, row in variants.items() if n.endswith(suffix)}
 
 
 def flows(results: Results) -> str:
@@ -121,8 +138,8 @@ def flows(results: Results) -> str:
 
 
 def _eager(variants: Mapping[str, Row]) -> Row:
-    """PyTorch's better memory format."""
-    rows = [row for name, row in variants.items() if name.startswith("eager")]
+    """PyTorch's better memory format, in float32."""
+    rows = [variants[name] for name in ("eager", "eager, channels-last") if name in variants]
     return min(rows, key=lambda row: row["us"][1])
 
 

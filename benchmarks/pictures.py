@@ -284,20 +284,20 @@ def bridges(records: Sequence[Row], path: Path, source: str) -> None:
     data = [dataset.test_x[dataset.test_y == k][:count] for k in range(dataset.classes)]
     options = {"nrows": 2, "ncols": 1 + len(shown), "sharex": True, "sharey": True}
     with _figure(path, source, figsize=(3.1 * (1 + len(shown)), 6.6), **options) as (figure, axes):
-        _points(axes[0][0], "data", data)
+        _plane(axes[0][0], "data", data)
         axes[1][0].set_axis_off()
         for (above, below), record in zip(axes.T[1:], shown, strict=True):
             found = {name: f"{100 * value:.1f} %" for name, value in record["bridges"].items()}
             title = (
                 f"{record['results']['objective']}: {found['mass_between_arms']} between the arms"
             )
-            _points(above, title, [_points_of(text) for text in record["samples"]])
+            _plane(above, title, [_points_of(text) for text in record["samples"]])
             title = f"between two classes: {found['mass_between_arms_at_boundary']}"
-            _points(below, title, [_points_of(record["boundary_samples"])], color="0.3")
+            _plane(below, title, [_points_of(record["boundary_samples"])], color="0.3")
         figure.suptitle(f"{dataset.name}: samples of each class, seed {seed}", fontsize=11)
 
 
-def _points(axis: Any, title: str, classes: Sequence[Any], **options: Any) -> None:
+def _plane(axis: Any, title: str, classes: Sequence[Any], **options: Any) -> None:
     for points in classes:
         axis.scatter(*points.T, s=6, alpha=0.7, linewidths=0, **options)
     axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
