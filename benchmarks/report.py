@@ -93,8 +93,8 @@ def render(readme: str, results: Path) -> str:
 
 
 def _records(files: list[Path]) -> list[dict[str, Any]]:
-    """What the files hold: a list of records each, or one."""
-    contents = [json.loads(file.read_text()) for file in files]
+    """What those files that exist hold: a list of records each, or one."""
+    contents = [json.loads(file.read_text()) for file in files if file.exists()]
     return [r for c in contents for r in (c if isinstance(c, list) else [c])]
 
 

@@ -55,6 +55,11 @@ def test_tables_hold_means_and_deviations(results: Path):
     assert report.render(new, results) == new
 
 
+def test_a_table_is_made_of_those_of_its_files_that_exist(results: Path):
+    (results / "cifar10-small.json").unlink()
+    assert report.render(PLACES, results).count("| digits, 100 | 10 |") == 2
+
+
 def test_measured_and_cited_figures_are_told_apart(results: Path):
     table = report.render(PLACES, results)
     measured = "measured: 1 minutes on 2 processors, no GPU; one split, seed 0"
