@@ -222,8 +222,10 @@ def _ending(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _spread(values: list[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; of a single run its value."""
+    of_one = f"{mean(values):.{digits}f}"
+    return f"{of_one} ± {stdev(values):.{digits}f}" if len(values) > 1 else of_one
 
 
 def _hardware(records: Sequence[dict[str, Any]]) -> str:

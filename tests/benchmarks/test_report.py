@@ -89,6 +89,7 @@ def test_a_sweep_has_a_row_per_value():
     table = run_tables.sweeps(records)
     assert "| `--terms.beta` | 0.625 | 91.0 ± 1.0 | 45.5 ± 0.5 | 2.00 ± 0.00 |" in table
     assert table.count("`--terms.w-nll`") == 5 and "over 3 seeds" in table
+    assert "| `--terms.beta` | 0.5 | 90.0 | 45.0 | 2.00 |" in run_tables.sweeps(records[:1])
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused(results: Path):
