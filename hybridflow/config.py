@@ -344,6 +344,6 @@ PRESETS: dict[str, Config] = {
 
 One named after a data set carries, for mnist, svhn and cifar10, Tables A.1–A.3, the weights of Appendix B and
 the 1200 epochs of the thesis. Those for small data sets, and all others, are ours: -best adds augmentation
-and consistency, with labels from the discriminator's averaged weights; -small is for CPUs, runs of
-thousands of steps, which learn a density only if it weighs more.
+and consistency, with labels from the discriminator's averaged weights (only that of the digits has been
+measured yet); -small is for CPUs, runs of thousands of steps, which learn a density only if it weighs more.
 """

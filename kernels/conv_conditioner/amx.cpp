@@ -336,6 +336,13 @@ void pack(const Shape& shape, int64_t block, const float* weight1, const float* 
   pack_weights(shape, second, block, lines, to2);
 }
 
+// In shared_scratch, with zeros for the rows that fill the last tile.
+const float* padded_bias(const Shape& shape, const float* bias) {
+  float* padded = shared_scratch.take(shape.hidden_rows());
+  std::fill(std::copy(bias, bias + shape.hidden, padded), padded + shape.hidden_rows(), 0.0f);
+  return padded;
+}
+
 // --- forward -------------------------------------------------------------------------------------
 
 // A row of 32 sums to 32 of the hidden layer.
@@ -430,9 +437,7 @@ struct Forward {
     weights1 = take_halves(shared_scratch, first);
     weights2 = take_halves(shared_scratch, second);
     partial = shared_scratch.take(partial_floats);
-    float* padded = shared_scratch.take(shape.hidden_rows());
-    std::fill(std::copy(bias1, bias1 + shape.hidden, padded), padded + shape.hidden_rows(), 0.0f);
-    bias1 = padded;
+    bias1 = padded_bias(shape, bias1);
 
 #pragma omp parallel num_threads(team(plan.elements(), threads))
     {
@@ -683,9 +688,7 @@ struct Backward {
     weights2.by_hidden = take_halves(shared_scratch, second);
     sums = shared_scratch.take(all_sums);
     partial_in = shared_scratch.take(partial_floats);
-    float* padded = shared_scratch.take(shape.hidden_rows());
-    std::fill(std::copy(bias1, bias1 + shape.hidden, padded), padded + shape.hidden_rows(), 0.0f);
-    bias1 = padded;
+    bias1 = padded_bias(shape, bias1);
 
 #pragma omp parallel num_threads(team(plan.elements(), threads))
     {
