@@ -1,9 +1,9 @@
 """Measure the convolutional conditioner: `python -m benchmarks.conditioners`.
 
 Forward and backward at the shapes of the presets, as PyTorch runs it (contiguous and channels-last),
-compiled, and as `hybridflow.kernels.conv_conditioner` does. Where there is AMX, also PyTorch under autocast
-to bfloat16 and `conv_conditioner` with such products. Variants take turns in one run. Exit status: 0 if
-every variant was right.
+compiled, and as `hybridflow.kernels.conv_conditioner` does. Where there is AMX, also the latter with
+products of PyTorch's precision "high", and PyTorch under autocast to bfloat16 and `conv_conditioner` with
+such products. Variants take turns in one run. Exit status: 0 if every variant was right.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import machine, quantiles, relative_errors, rounds_for, verdict
 from hybridflow.kernels import conv_conditioner, native
+from hybridflow.precision import arithmetic
 
 __all__ = ["SHAPES", "Shape", "main", "matmul_rate", "measure"]
 
@@ -102,6 +103,11 @@ def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tenso
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
+def _in_high(function: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    with arithmetic("high", torch.device("cpu")):
+        return function(*arguments)
+
+
 def _named(results: Sequence[Tensor]) -> dict[str, Tensor]:
     names = ("params", "a", "weight1", "bias1", "weight2", "bias2")
     return dict(zip(names, results, strict=True))
@@ -123,6 +129,7 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
     if native.available() and native.load().tiles is not None:
         rounded = functools.partial(conv_conditioner, products=torch.bfloat16)
         calls |= {
+            "fused, high": lambda: _in_high(_step, conv_conditioner, values, grad),
             "eager, bf16": lambda: _step(_autocast, values, grad),
             "eager, channels-last, bf16": lambda: _step(_autocast, last, grad_last),
             "fused, bf16": lambda: _step(rounded, values, grad),
@@ -144,6 +151,8 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
         eager, dtype = "eager", torch.float32
         if name.endswith(", bf16"):
             eager, dtype = "eager, bf16", torch.bfloat16
+        elif name.endswith(", high"):
+            dtype = torch.float16  # which has fewer digits
         problems = verdict(errors[name], dtype, None if name == eager else errors[eager])
         rows.append(
             asdict(shape)

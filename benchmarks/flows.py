@@ -34,15 +34,24 @@ from benchmarks.measuring import (
 )
 from benchmarks.step import build_step
 from benchmarks.workloads import CLASSES, FLOWS, Workload, stir
+from hybridflow.config import Precision
 from hybridflow.flow import MultiScaleFlow
-from hybridflow.kernels import fuse
+from hybridflow.kernels import fuse, native
 from hybridflow.networks import build_model
+from hybridflow.precision import arithmetic
 
 __all__ = ["FLOWS", "Workload", "main"]
 
 _SECONDS = 1.0  # of a turn
 _DRAWS = 3
-_JUMPS = 1e-3
+_HIGH = ", high"  # ends the names of variants with products of this precision in a run of fp32
+# Errors that are allowed, whatever eager's: of outputs those of a type, of gradients, which jump, and of the
+# step's loss.
+_ALLOWED: dict[Precision, tuple[torch.dtype, float, float]] = {
+    "fp32": (torch.float32, 1e-3, 1e-4),
+    "high": (torch.float16, 1e-2, 1e-3),
+    "bf16": (torch.bfloat16, 0.1, 2e-2),
+}
 _TASKS = ("likelihood", "sampling", "sampling with backward")
 _COMPILED = _TASKS[:2]  # the third would take as long to compile as the first, and is as much work
 _CPU = torch.device("cpu")
@@ -80,6 +89,15 @@ def _results(task: str, flow: nn.Module, operands: Mapping[str, Tensor]) -> dict
     return results | {f"gradient of {k}": torch.cat(g) for k, g in kinds.items()}
 
 
+def _precision_of(variant: str, precision: Precision) -> Precision:
+    return "high" if variant.endswith(_HIGH) else precision
+
+
+def _results_in(precision: Precision, *arguments: Any) -> dict[str, Tensor]:
+    with arithmetic(precision, _CPU):
+        return _results(*arguments)
+
+
 class _Sampler(nn.Module):
     """A flow's inverse as the forward of a module, for torch.compile."""
 
@@ -107,13 +125,22 @@ def _operands(workload: Workload, flow: MultiScaleFlow, seed: int) -> dict[str, 
     } | {f"likelihood {i}": normal(*size) for i, size in enumerate(sizes)}
 
 
-def _variants(workload: Workload, task: str, mode: str | None) -> dict[str, nn.Module]:
+def _has_high(precision: Precision) -> bool:
+    """Whether there is something to measure for products of that precision: PyTorch's own do not change."""
+    return precision == "fp32" and native.available() and native.load().tiles is not None
+
+
+def _variants(
+    workload: Workload, task: str, mode: str | None, precision: Precision
+) -> dict[str, nn.Module]:
     plain = _flow(workload)
     last, fused, lean = (copy.deepcopy(plain) for _ in range(3))
     last.to(memory_format=torch.channels_last)
     fuse(fused)
     fuse(lean, constant_memory=True)
     flows = {"eager": plain, "eager, channels-last": last, "fused": fused}
+    if _has_high(precision):
+        flows["fused" + _HIGH] = fused
     if task == "likelihood":
         flows["fused, constant memory"] = lean
     modules: dict[str, nn.Module] = {
@@ -129,7 +156,9 @@ def _channels_last(operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.contiguous(memory_format=last) if v.dim() == 4 else v for k, v in operands.items()}
 
 
-def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float) -> list[Row]:
+def measure_flow(
+    workload: Workload, task: str, mode: str | None, seconds: float, precision: Precision
+) -> list[Row]:
     """A row for each variant: times in µs (p20, p50, p80), peak memory, and what is wrong with it.
 
     Outputs are compared element by element, gradients in the Euclidean norm. They jump where the argument
@@ -138,7 +167,7 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
     some, a thousandth is allowed. (Gradients without jumps are compared by benchmarks.conditioners.)
     """
     torch.compiler.reset()
-    modules = _variants(workload, task, mode)
+    modules = _variants(workload, task, mode, precision)
     flow = _flow(workload)
     double = modules["eager"] if task == "likelihood" else _Sampler(flow)
     double = copy.deepcopy(double).double()
@@ -148,7 +177,10 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
         exact = _results(task, double, {k: v.double() for k, v in operands.items()})
         given = {"eager, channels-last": _channels_last(operands)}
         calls: dict[str, Call] = {
-            name: functools.partial(_results, task, module, given.get(name, operands))
+            name: functools.partial(
+                *(_results_in, _precision_of(name, precision)),
+                *(task, module, given.get(name, operands)),
+            )
             for name, module in modules.items()
         }
         for name, call in calls.items():
@@ -165,7 +197,7 @@ def measure_flow(workload: Workload, task: str, mode: str | None, seconds: float
             {"data": workload.data, "batch": workload.batch, "task": task, "variant": name}
             | times(us)
             | {"peak_bytes": peaks.get(name), "error": float(f"{max(errors[name].values()):.2g}")}
-            | {"problems": _problems(errors[name], measure)}
+            | {"problems": _problems(errors[name], measure, _precision_of(name, precision))}
             | {"gflop_s": round(flops / quantiles(us)[1] / 1e3, 1)}
             | ({"mode": mode, "compile_seconds": compile_seconds} if name == "compile" else {})
         )
@@ -178,43 +210,53 @@ def _errors(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str,
     return relative_errors(got, outputs) | typical_errors([got], [gradients])
 
 
-def _problems(errors: Mapping[str, float], of_eager: Mapping[str, float] | None) -> list[str]:
-    """What is wrong: outputs as everywhere, gradients above four times eager's error and a thousandth."""
-    small = [name for name in errors if name.startswith("gradient") and errors[name] <= _JUMPS]
-    return verdict({n: e for n, e in errors.items() if n not in small}, torch.float32, of_eager)
+def _problems(
+    errors: Mapping[str, float], of_eager: Mapping[str, float] | None, precision: Precision
+) -> list[str]:
+    """What is wrong: outputs as everywhere, gradients above four times eager's error and their jumps."""
+    dtype, jumps, _ = _ALLOWED[precision]
+    small = [name for name in errors if name.startswith("gradient") and errors[name] <= jumps]
+    return verdict({n: e for n, e in errors.items() if n not in small}, dtype, of_eager)
 
 
 # --- the hybrid step -----------------------------------------------------------------------------
 
 
-def measure_step(workload: Workload, seconds: float) -> list[Row]:
+def measure_step(workload: Workload, seconds: float, precision: Precision) -> list[Row]:
     """A row for eager and for fused: times in µs; the first loss of both has to agree."""
+    names = ["eager", "fused", *(["fused" + _HIGH] * _has_high(precision))]
     steps = {
-        "eager": build_step(workload, _CPU),
-        "fused": build_step(workload, _CPU, fused=True),
+        name: build_step(
+            workload, _CPU, fused=name != "eager", precision=_precision_of(name, precision)
+        )
+        for name in names
     }
     losses = {}
     for name, step in steps.items():
         torch.manual_seed(1)
         losses[name] = step()["loss_g"].item()
-    error = abs(losses["fused"] / losses["eager"] - 1)
     batch = workload.config.batch_labelled + workload.config.batch_unlabelled
-    wrong = [] if error < 1e-4 else [f"the flow's loss is off by {error:.1e}, allowed is 1e-4"]
-    return [
-        {"data": workload.data, "batch": batch, "task": "training step", "variant": name}
-        | times(us)
-        | {"error": float(f"{error:.2g}"), "problems": wrong if name == "fused" else []}
-        for name, us in in_turns(steps, seconds).items()
-    ]
+    rows = []
+    for name, us in in_turns(steps, seconds).items():
+        error = abs(losses[name] / losses["eager"] - 1)
+        allowed = _ALLOWED[_precision_of(name, precision)][-1]
+        wrong = [f"the flow's loss is off by {error:.1e}, allowed is {allowed}"]
+        rows.append(
+            {"data": workload.data, "batch": batch, "task": "training step", "variant": name}
+            | times(us)
+            | {"error": float(f"{error:.2g}"), "problems": [] if error < allowed else wrong}
+        )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.flows", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "flows-cpu.json")
+    parser.add_argument("--out", type=Path, help="default flows-cpu.json, flows-cpu-bf16.json")
     parser.add_argument("--data", nargs="*", choices=[w.data for w in FLOWS])
     parser.add_argument("--compile", dest="mode", metavar="MODE", help="torch.compile's mode, too")
     parser.add_argument("--batch", type=int, help="instead of the thesis's")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a variant's turn")
     args = parser.parse_args(argv)
     rows: list[Row] = []
@@ -223,27 +265,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(_CPU),
+        "precision": args.precision,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out or RESULTS / (
+        "flows-cpu.json" if args.precision == "fp32" else "flows-cpu-bf16.json"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
     for workload in FLOWS:
         if args.data and workload.data not in args.data:
             continue
         for task in (*_TASKS, "training step"):
             rate = matmul_rate()
             if task == "training step":
-                new = measure_step(workload, args.seconds)
+                new = measure_step(workload, args.seconds, args.precision)
             else:
                 sized = replace(workload, batch=args.batch or workload.batch)
                 mode = args.mode if task in _COMPILED else None
-                new = measure_flow(sized, task, mode, args.seconds)
+                new = measure_flow(sized, task, mode, args.seconds, args.precision)
             rows += [row | {"matmul_gflop_s": rate} for row in new]
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            out.write_text(json.dumps(results, indent=1) + "\n")
             print(workload.data, task, {r["variant"]: r["us"][1] / 1e3 for r in new}, flush=True)
     wrong = [
         f"wrong: {r['data']} {r['task']} {r['variant']}: {p}" for r in rows for p in r["problems"]
     ]
-    print("\n".join([*wrong, f"results: {args.out}"]))
+    print("\n".join([*wrong, f"results: {out}"]))
     return 1 if wrong else 0
 
 

@@ -22,7 +22,7 @@ from benchmarks.step import build_step
 from benchmarks.workloads import FLOWS
 from hybridflow import checkpoint
 from hybridflow.capture import CapturedStep, trace
-from hybridflow.config import PRESETS, Config
+from hybridflow.config import PRESETS, Config, Precision
 from hybridflow.kernels.swap import _choices
 from hybridflow.run import RunFolder
 from hybridflow.step import HybridStep
@@ -38,14 +38,16 @@ Step = Callable[[], Mapping[str, Tensor]]
 Run = tuple[Tensor, dict[str, Tensor]]
 
 
-def check_step(data: str, precision: str, variant: str, device: torch.device) -> Iterator[Row]:
+def check_step(
+    data: str, precision: Precision, variant: str, device: torch.device
+) -> Iterator[Row]:
     """A row for each property of a preset's step on random images.
 
     Variants: "unfused", "fused", and "one op", fused with every conditioner in one op with its coupling.
     """
     kind = {"data": data, "precision": precision, "variant": variant}
     workload = next(w for w in FLOWS if w.data == data)
-    step = build_step(workload, device, fused=variant != "unfused", autocast=precision == "bf16")
+    step = build_step(workload, device, fused=variant != "unfused", precision=precision)
     with _choices.using(variant == "one op"), deterministic() as caught:
         found = compare(step, lambda function: CapturedStep(function, device))
         texts = {str(warning.message).splitlines()[0][:200] for warning in caught}
@@ -188,7 +190,7 @@ def check_refusal(device: torch.device) -> Row:
     return _row("refusal", problems)
 
 
-def check_resumed(folder: Path, precision: str, device: torch.device) -> Row:
+def check_resumed(folder: Path, precision: Precision, device: torch.device) -> Row:
     """A captured run that is stopped half-way and resumed ends as an uninterrupted one."""
     config = replace(_RUN, precision=precision, device=str(device))
     whole, half = RunFolder(folder / "whole"), RunFolder(folder / "half")

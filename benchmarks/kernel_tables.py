@@ -11,6 +11,11 @@ __all__ = ["conditioners", "flows", "memory", "models", "operations", "picture",
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 
+_HIGH = "fused, high"
+_IN_HIGH = (
+    "In `high` each number in products is the sum of two of bfloat16, by AMX; it is compared with eager and "
+    "compiled in float32, which do not change. "
+)
 _ALONE = "log_prob alone"  # the rows of gmm_log_prob that other libraries stand beside
 _TICKS = {False: (0.5, 1, 2, 5, 10, 20), True: (0.3, 1, 3, 10, 30, 100)}
 _COLOURS = {"eager": "#4477aa", "compile": "#ee8833"}
@@ -69,9 +74,11 @@ def conditioners(results: Results) -> str:
     for row in results["rows"]:
         key = tuple(row[k] for k in ("data", "batch", "channels", "size", "hidden"))
         shapes.setdefault(key, {})[row["variant"]] = row
+    high = any(_HIGH in variants for variants in shapes.values())
     narrow = any(_in_bf16(variants) for variants in shapes.values())
     columns = ["eager, ms", "compiled, ms", "fused, ms", "× eager", "× compiled", "GFLOP/s"]
-    columns += ["of a product's", *(["bf16: eager, ms", "fused, ms", "× eager"] * narrow)]
+    columns += ["of a product's", *(["high: fused, ms", "× eager", "× compiled"] * high)]
+    columns += ["bf16: eager, ms", "fused, ms", "× eager"] * narrow
     lines = [
         f"| data | batch × channels × size², hidden | {' | '.join(columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
@@ -83,6 +90,7 @@ def conditioners(results: Results) -> str:
         cells += [_ratio(fused, row) for row in (eager, compiled)]
         share = f"{fused['gflop_s'] / fused['matmul_gflop_s']:.0%}".replace("%", " %")
         cells += [f"{fused['gflop_s']:.0f}", share]
+        cells += _in_high(variants) if high else []
         if of_bf16 := _in_bf16(variants):
             fused, eager = of_bf16["fused"], _eager(of_bf16)
             cells += [_milliseconds(eager), _milliseconds(fused), _ratio(fused, eager)]
@@ -96,9 +104,20 @@ def conditioners(results: Results) -> str:
         "\nMedians of forward and backward; eager is the better of contiguous and channels-last. The rate "
         "counts three times two 3×3 convolutions, as if no tap fell outside of the image and nothing were "
         "computed twice; its share is of PyTorch's product of 1024×1024 matrices, measured before each row. "
-        f"{bf16}{_hardware(results)}."
+        f"{_IN_HIGH * high}{bf16}{_hardware(results)}."
     )
     return "\n".join(lines)
+
+
+def _in_high(variants: Mapping[str, Row]) -> list[str]:
+    """Cells: the time of the fused variant with such products, and how many times faster it is."""
+    row = variants.get(_HIGH)
+    if row is None:
+        return [""] * 3
+    return [
+        _milliseconds(row),
+        *(_ratio(row, v) for v in (_eager(variants), variants.get("compile"))),
+    ]
 
 
 def _in_bf16(variants: Mapping[str, Row]) -> dict[str, Row]:
@@ -108,10 +127,13 @@ def _in_bf16(variants: Mapping[str, Row]) -> dict[str, Row]:
 
 def flows(results: Results) -> str:
     """Whole flows and steps, a row per data set and task: times, speed-ups, rate, peak memory."""
+    high = any(row["variant"] == _HIGH for row in results["rows"])
+    columns = ["eager, ms", "compiled, ms", "fused, ms", "× eager", "× compiled"]
+    columns += ["high: fused, ms", "× eager", "× compiled"] * high
+    columns += ["of a product's rate", "memory, MB: eager", "fused", "constant"]
     lines = [
-        "| data, batch | task | eager, ms | compiled, ms | fused, ms | × eager | × compiled "
-        "| of a product's rate | memory, MB: eager | fused | constant |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| data, batch | task | {' | '.join(columns)} |",
+        f"|---|---|{'---:|' * len(columns)}",
     ]
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in results["rows"]:
@@ -123,12 +145,14 @@ def flows(results: Results) -> str:
         ratios = (_ratio(fused, row) for row in (eager, compiled))
         lean = variants.get("fused, constant memory")
         peaks = (_megabytes(row) for row in (eager, fused, lean))
-        cells = [f"{data}, {batch}", task, *times, *ratios, _share(fused), *peaks]
+        cells = [f"{data}, {batch}", task, *times, *ratios, *(_in_high(variants) if high else [])]
+        cells += [_share(fused), *peaks]
         lines.append(f"| {' | '.join(cells)} |")
     modes = sorted({r["mode"] for r in results["rows"] if r["variant"] == "compile"})
     compiled_by = f", by `torch.compile(mode={modes[0]!r})`" if modes else ""
     lines.append(
-        f"\nMedians; eager is the better of contiguous and channels-last; compiled{compiled_by}. The rate "
+        f"\nMedians, in {results.get('precision', 'fp32')}; eager is the better of contiguous and "
+        f"channels-last; compiled{compiled_by}. {_IN_HIGH * high}The rate "
         "counts the convolutions as the table of conditioners does, beside PyTorch's product of 1024×1024 "
         "matrices. Memory is the most that lives at one moment of the task, parameters and inputs not "
         "counted; `constant` keeps the activations of one coupling. The step is that of the preset, with "

@@ -26,6 +26,7 @@ __all__ = [
     "FlowConfig",
     "ObjectiveConfig",
     "OptimiserConfig",
+    "Precision",
     "StrongConfig",
     "config_from_json",
     "config_to_json",
@@ -35,6 +36,7 @@ __all__ = [
 DatasetName = Literal[
     "digits", "pinwheel", "two-moons", "mnist", "fashion-mnist", "svhn", "cifar10"
 ]
+Precision = Literal["fp32", "high", "bf16"]
 Objective = Literal[
     "supervised", "nll", "nll+adversarial", "full", "flowgmm", "flowgmm+consistency", "fm-gan"
 ]
@@ -188,8 +190,9 @@ class Config:
     """Augmentation: largest random shift, in pixels."""
     mirror: bool = False
     """Augmentation: random horizontal flip (never for digits)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks; likelihoods and log-determinants stay fp32."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks while training: fp32; high, whose products are of float32 with some
+    16 bits, of TF32 on a GPU and by AMX on a CPU; or bf16. Likelihoods and log-determinants stay fp32."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
     data_dir: Path | None = None

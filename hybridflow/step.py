@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hybridflow.config import ObjectiveConfig, OptimiserConfig, StrongConfig
+from hybridflow.config import ObjectiveConfig, OptimiserConfig, Precision, StrongConfig
 from hybridflow.data import Batches, strong_view
 from hybridflow.discriminator import Discriminator
 from hybridflow.errors import InputError
@@ -26,6 +26,7 @@ from hybridflow.objective import (
 )
 from hybridflow.optimiser import Optimiser
 from hybridflow.phases import phase
+from hybridflow.precision import arithmetic
 
 __all__ = ["HybridStep"]
 
@@ -44,7 +45,7 @@ class HybridStep:
         optimiser: Adam, clipping, schedule and averaging.
         total_steps: length of the schedule.
         strong: ranges of the strong views, of images, that consistency asks for.
-        autocast: whether the networks run in bfloat16.
+        precision: arithmetic of the networks.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class HybridStep:
         optimiser: OptimiserConfig,
         total_steps: int,
         strong: StrongConfig = _STRONG,
-        autocast: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         self.model, self.discriminator = model, discriminator
         self.labelled, self.unlabelled = labelled, unlabelled
         self.levels, self.terms, self.strong = levels, terms, strong
         self.dims = sum(model.flow.latent_sizes)
         self.device = model.prior.means.device
-        self.autocast = autocast
+        self.precision: Precision = precision
         self.total_steps = total_steps
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.optimiser_g = Optimiser(model, optimiser.lr_g, optimiser.beta1_g, optimiser)
@@ -74,7 +75,7 @@ class HybridStep:
 
     def __call__(self) -> dict[str, Tensor]:
         """Train on the next batch; returns each term's value and the two losses, 0-d tensors."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with arithmetic(self.precision, self.device):
             return self._step()
 
     def _step(self) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ class Trainer:
             strong=config.strong,
             optimiser=config.optimiser,
             total_steps=self.total_steps,
-            autocast=config.precision == "bf16",
+            precision=config.precision,
         )
         graphs = config.graphs and config.fused and self.device.type == "cuda"
         self.train_step = (

@@ -33,7 +33,7 @@ def test_a_step_on_augmented_colour_images_can_be_captured():
         optimiser=OptimiserConfig(),
         total_steps=10,
         strong=StrongConfig(cutout=0.5),
-        autocast=True,
+        precision="bf16",
     )
     step()
     first, second = trace(step), trace(step)

@@ -22,7 +22,9 @@ SHAPE = torch.Size((1, 8, 8))
 FLOW = FlowConfig(scales=2, couplings=2, hidden=8, last_hidden=8)
 
 
-def make_step(objective="full", seed=0, optimiser=None, total_steps=30, **terms) -> HybridStep:
+def make_step(
+    objective="full", seed=0, optimiser=None, total_steps=30, precision="fp32", **terms
+) -> HybridStep:
     torch.manual_seed(0)
     x = torch.randint(0, 17, (60, *SHAPE), dtype=torch.uint8)
     y = torch.arange(60) % 3
@@ -37,6 +39,7 @@ def make_step(objective="full", seed=0, optimiser=None, total_steps=30, **terms)
         terms=terms_of(objective, ObjectiveConfig(**terms)),
         optimiser=optimiser or OptimiserConfig(),
         total_steps=total_steps,
+        precision=precision,
     )
 
 
@@ -180,10 +183,28 @@ def test_a_state_of_another_architecture_is_refused(damage: str):
 
 def test_bf16_keeps_weights_and_losses_in_fp32():
     step = make_step()
-    step.autocast = True
+    step.precision = "bf16"
     terms = step()
     assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values())
     assert all(p.dtype == torch.float32 for p in step.model.parameters())
+
+
+def test_high_precision_holds_for_the_step_alone(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    step = make_step(precision="high")
+    forward = step.discriminator.forward
+
+    def spied(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return forward(x)
+
+    monkeypatch.setattr(step.discriminator, "forward", spied)
+    step()
+    assert set(seen) == {"high"} and torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(step.discriminator, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_gradients_are_clipped():
@@ -196,7 +217,7 @@ def test_gradients_are_clipped():
 
 def test_in_bf16_gradients_are_taken_as_in_fp32_and_no_old_cast_of_a_weight_is_used():
     step = make_step()
-    step.autocast = True
+    step.precision = "bf16"
     optimiser, z = step.optimiser_g, torch.randn(50, 64)
     with torch.autocast("cpu", torch.bfloat16):
         loss = step.model.prior.component_log_prob(z[:, :32]).square().mean()

@@ -1,7 +1,7 @@
 // The conditioner of a coupling, convolution, ReLU, convolution, and its gradients, by products of matrices
-// of bfloat16 in tiles.
+// in tiles of bfloat16, one or two of which stand for a float32.
 //
-// Pixels are columns. A chunk of whole images is rounded once, channel by channel; the windows of its pixels
+// Pixels are columns. A chunk of whole images is split once, channel by channel; the windows of its pixels
 // are a matrix with a row for each channel and tap, made by reading the channels shifted, and what comes of
 // a product with such rows is added up shifted back. The hidden layer is held for some rows and all pixels
 // of a chunk: on the right of the product with the second convolution's weights, and on the left of that
@@ -127,8 +127,9 @@ class Masks {
   Memory<uint32_t> bits_;
 };
 
-// The channels of a chunk in bfloat16, seen through windows. Flipped, a tap sees what the last minus the tap
+// The channels of a chunk in parts of bfloat16, seen through windows. Flipped, a tap sees what the last minus the tap
 // sees: so the gradient of what a convolution reads sees that of what it gives.
+template <int parts>
 class View {
  public:
   View(const Plan& plan, const Masks& masks, const Windows& windows, bool flipped, Half* planes)
@@ -143,12 +144,13 @@ class View {
     }
     Half* ones = plane(windows.channels);
     std::fill(ones, ones + plan.pixels(), Half{0x3f80});
+    for (int part = 1; part < parts; ++part)
+      std::fill(ones + part * step(), ones + part * step() + plan.pixels(), Half{0});
     rows_[windows.rows()] = {ones, masks.all()};
   }
 
-  // A row more than there are channels, and room for what is written in whole vectors.
   static int64_t halves(const Plan& plan, const Windows& windows) {
-    return (windows.channels + 1) * stride(plan);
+    return parts * part_halves(plan, windows);
   }
 
   // from is (images, channels, height, width)
@@ -159,38 +161,42 @@ class View {
       Half* to = plane(channel);
       for (int64_t image = 0; image < images; ++image)
         for (int64_t i = 0; i < size; i += kDepth)
-          round_row(from + (image * windows_.channels + channel) * size + i, size - i,
-                    to + image * size + i);
-      std::fill(to + images * size, to + blocks_ * kDepth, Half{0});
+          split_row<parts>(from + (image * windows_.channels + channel) * size + i, size - i,
+                           to + image * size + i, step());
+      for (int part = 0; part < parts; ++part)
+        std::fill(to + part * step() + images * size, to + part * step() + blocks_ * kDepth, Half{0});
     }
   }
 
-  // Tiles on the right, (pixels / 16, depth): columns are pixels, in mixed order.
+  // Cells on the right, (pixels / 16, depth): columns are pixels, in mixed order.
   void put_pixels_in_columns(Half* to) const {
     const int64_t depth = windows_.depth();
     for (int64_t block = 0; block < blocks_; ++block)
-      for (int64_t pair = 0; pair < depth * kTile; ++pair) {
-        Halves x, y, first, second;
-        see(2 * pair, block, x);
-        see(2 * pair + 1, block, y);
-        spread(x);
-        spread(y);
-        interleave(x, y, first, second);
-        Half* at = to + (2 * block * depth + pair / kTile) * kTileHalves + pair % kTile * kDepth;
-        write(first, at);
-        write(second, at + depth * kTileHalves);
-      }
+      for (int64_t pair = 0; pair < depth * kTile; ++pair)
+        for (int part = 0; part < parts; ++part) {
+          Halves x, y, first, second;
+          see(2 * pair, block, part, x);
+          see(2 * pair + 1, block, part, y);
+          spread(x);
+          spread(y);
+          interleave(x, y, first, second);
+          Half* at = to + (2 * block * depth + pair / kTile) * kCell<parts> + part * kTileHalves +
+                     pair % kTile * kDepth;
+          write(first, at);
+          write(second, at + depth * kCell<parts>);
+        }
   }
 
-  // Tiles on the right, (tiles, pixels / 32): columns are rows of the windows, and the one of ones.
+  // Cells on the right, (tiles, pixels / 32): columns are rows of the windows, and the one of ones.
   void put_pixels_in_depth(int64_t tiles, Half* to) const {
     for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t block = 0; block < blocks_; ++block) {
-        Halves rows[kTile];
-        for (int64_t r = 0; r < kTile; ++r) see(tile * kTile + r, block, rows[r]);
-        put_pairs_in_rows(reinterpret_cast<const Half*>(rows),
-                          to + (tile * blocks_ + block) * kTileHalves);
-      }
+      for (int64_t block = 0; block < blocks_; ++block)
+        for (int part = 0; part < parts; ++part) {
+          Halves rows[kTile];
+          for (int64_t r = 0; r < kTile; ++r) see(tile * kTile + r, block, part, rows[r]);
+          put_pairs_in_rows(reinterpret_cast<const Half*>(rows),
+                            to + (tile * blocks_ + block) * kCell<parts> + part * kTileHalves);
+        }
   }
 
   int64_t blocks() const { return blocks_; }  // of what is staged
@@ -205,10 +211,15 @@ class View {
     return ratio_up(windows.rows() + 1, kDepth) * kDepth;
   }
   static int64_t stride(const Plan& plan) { return plan.pixels() + kDepth; }
+  // A row more than there are channels, and room for what is written in whole vectors.
+  static int64_t part_halves(const Plan& plan, const Windows& windows) {
+    return (windows.channels + 1) * stride(plan);
+  }
+  int64_t step() const { return part_halves(plan_, windows_); }
   Half* plane(int64_t channel) const { return planes_ + channel * stride(plan_); }
 
-  void see(int64_t row, int64_t block, Halves& to) const {
-    read_some(rows_[row].from + block * kDepth, rows_[row].bits[block], to);
+  void see(int64_t row, int64_t block, int part, Halves& to) const {
+    read_some(rows_[row].from + part * step() + block * kDepth, rows_[row].bits[block], to);
   }
 
   static void put_pairs_in_rows(const Half* rows, Half* to) {
@@ -263,15 +274,17 @@ struct PackedWeights {
 };
 
 // `lines` are the hidden rows block * 32 and on, with zeros up to the windows' whole depth.
+template <int parts>
 void pack_weights(const Shape& shape, const Windows& windows, int64_t block, const float* lines,
                   const PackedWeights& to) {
   const int64_t depth = windows.depth(), length = depth * kDepth;
   if (to.by_hidden != nullptr)
     for (int64_t r = 0; r < kDepth; ++r)
       for (int64_t k = 0; k < depth; ++k)
-        round_row(lines + r * length + k * kDepth, kDepth,
-                  to.by_hidden + ((2 * block + r / kTile) * depth + k) * kTileHalves +
-                      r % kTile * kDepth);
+        split_row<parts>(lines + r * length + k * kDepth, kDepth,
+                         to.by_hidden + ((2 * block + r / kTile) * depth + k) * kCell<parts> +
+                             r % kTile * kDepth,
+                         kTileHalves);
   if (to.by_windows != nullptr)
     for (int64_t row = 0; row < windows.tiles() * kTile; row += 4) {
       float columns[4 * kDepth];
@@ -282,9 +295,10 @@ void pack_weights(const Shape& shape, const Windows& windows, int64_t block, con
         transpose(quads);
         for (int64_t i = 0; i < 4; ++i) std::memcpy(columns + i * kDepth + r, quads + i, sizeof(Quad));
       }
-      Half* tile = to.by_windows + (row / kTile * shape.hidden_depth() + block) * kTileHalves;
+      Half* cell = to.by_windows + (row / kTile * shape.hidden_depth() + block) * kCell<parts>;
       for (int64_t i = 0; i < 4; ++i)
-        round_row(columns + i * kDepth, kDepth, tile + (row + i) % kTile * kDepth);
+        split_row<parts>(columns + i * kDepth, kDepth, cell + (row + i) % kTile * kDepth,
+                         kTileHalves);
     }
 }
 
@@ -318,6 +332,7 @@ int64_t lines_floats(const Shape& shape) {
 }
 
 // The hidden rows of a block, of both weights; `lines` is for use meanwhile.
+template <int parts>
 void pack(const Shape& shape, int64_t block, const float* weight1, const float* weight2,
           float* lines, const PackedWeights& to1, const PackedWeights& to2) {
   const Range range = rows_of(shape, block);
@@ -328,12 +343,12 @@ void pack(const Shape& shape, int64_t block, const float* weight1, const float* 
     const float* from = weight1 + (range.begin + r) * first.rows();
     std::copy(from, from + first.rows(), lines + r * length1);
   }
-  pack_weights(shape, first, block, lines, to1);
+  pack_weights<parts>(shape, first, block, lines, to1);
   clear_padding(range.size(), second.rows(), length2, lines);
   for_each_run(shape, range, length2, [&](auto run, int64_t from, int64_t to) {
     std::memcpy(lines + to, weight2 + from, run * sizeof(float));
   });
-  pack_weights(shape, second, block, lines, to2);
+  pack_weights<parts>(shape, second, block, lines, to2);
 }
 
 // In shared_scratch, with zeros for the rows that fill the last tile.
@@ -346,7 +361,8 @@ const float* padded_bias(const Shape& shape, const float* bias) {
 // --- forward -------------------------------------------------------------------------------------
 
 // A row of 32 sums to 32 of the hidden layer.
-void activate(const float* sums, float bias, Halves& to) {
+template <int parts>
+void activate(const float* sums, float bias, Halves (&to)[parts]) {
   Floats low, high;
   read(sums, low);
   read(sums + kTile, high);
@@ -354,9 +370,10 @@ void activate(const float* sums, float bias, Halves& to) {
   high += bias;
   rectify(low);
   rectify(high);
-  round_to_halves(low, high, to);
+  split(low, high, to);
 }
 
+template <int parts>
 struct Forward {
   const Plan& plan;
   const Masks& masks;
@@ -372,27 +389,30 @@ struct Forward {
     return plan.shape.samples * plan.shape.outputs * plan.shape.plane();
   }
 
-  // 32 hidden rows of 32 pixels: two tiles on the right, `step` apart, whose columns are pixels.
+  // 32 hidden rows of 32 pixels: two cells on the right, `step` apart, whose columns are pixels.
   static void hide(const float* sums, const float* bias, Half* to, int64_t step) {
     for (int64_t r = 0; r < kDepth; r += 2) {
-      Halves x, y, low, high;
+      Halves x[parts], y[parts], low, high;
       activate(sums + r * kDepth, bias[r], x);
       activate(sums + (r + 1) * kDepth, bias[r + 1], y);
-      interleave(x, y, low, high);
-      write(low, to + r / 2 * kDepth);
-      write(high, to + step + r / 2 * kDepth);
+      for (int part = 0; part < parts; ++part) {
+        interleave(x[part], y[part], low, high);
+        Half* at = to + part * kTileHalves + r / 2 * kDepth;
+        write(low, at);
+        write(high, at + step);
+      }
     }
   }
 
   void item(int64_t chunk, int64_t split) const {
     const Shape& shape = plan.shape;
     const Windows seen = shape.first(), made = shape.second();
-    const int64_t patches_halves = plan.pixels() * seen.depth() * kDepth;
-    const int64_t held_halves = plan.pixels() * plan.most_held();
+    const int64_t patches_halves = parts * plan.pixels() * seen.depth() * kDepth;
+    const int64_t held_halves = parts * plan.pixels() * plan.most_held();
     const int64_t made_floats = made.tiles() * kTile * plan.stride();
-    own_scratch.reserve(of_halves(View::halves(plan, seen)) + of_halves(patches_halves) +
+    own_scratch.reserve(of_halves(View<parts>::halves(plan, seen)) + of_halves(patches_halves) +
                         of_halves(held_halves) + made_floats + plan.pixels());
-    View view(plan, masks, seen, false, take_halves(own_scratch, View::halves(plan, seen)));
+    View<parts> view(plan, masks, seen, false, take_halves(own_scratch, View<parts>::halves(plan, seen)));
     Half* patches = take_halves(own_scratch, patches_halves);
     Half* hidden = take_halves(own_scratch, held_halves);
     float* rows = own_scratch.take(made_floats);
@@ -403,22 +423,22 @@ struct Forward {
     view.stage(a + images.begin * shape.inputs * shape.plane(), images.size());
     view.put_pixels_in_columns(patches);
     const TileRegisters registers;
-    const Range parts = part_of(plan.held, plan.splits, split);
-    const int64_t deep = seen.depth() * kTileHalves;
-    for (int64_t part = parts.begin; part < parts.end; ++part) {
+    const Range range = part_of(plan.held, plan.splits, split);
+    const int64_t deep = seen.depth() * kCell<parts>;
+    for (int64_t part = range.begin; part < range.end; ++part) {
       const Range held = plan.held_rows(part);
       const int64_t depth = held.size() / kDepth;
       for (int64_t block = 0; block < view.blocks(); ++block)
         for (int64_t k = 0; k < depth; ++k) {
           const int64_t row = held.begin + k * kDepth;
-          product<2, 2>({weights1 + row / kTile * deep, deep}, {patches + 2 * block * deep, deep},
+          product<2, 2, parts>({weights1 + row / kTile * deep, deep}, {patches + 2 * block * deep, deep},
                         seen.depth(), false, sums, kDepth);
-          Half* to = hidden + (2 * block * depth + k) * kTileHalves;
-          hide(sums, bias1 + row, to, depth * kTileHalves);
+          Half* to = hidden + (2 * block * depth + k) * kCell<parts>;
+          hide(sums, bias1 + row, to, depth * kCell<parts>);
         }
-      multiply({weights2 + held.begin / kDepth * kTileHalves, shape.hidden_depth() * kTileHalves},
-               made.tiles(), {hidden, depth * kTileHalves}, 2 * view.blocks(), depth,
-               part > parts.begin, rows, plan.stride());
+      multiply<parts>({weights2 + held.begin / kDepth * kCell<parts>, shape.hidden_depth() * kCell<parts>},
+               made.tiles(), {hidden, depth * kCell<parts>}, 2 * view.blocks(), depth,
+               part > range.begin, rows, plan.stride());
     }
     const int64_t first = images.begin * shape.outputs * shape.plane();
     const bool whole = plan.splits == 1;
@@ -428,8 +448,8 @@ struct Forward {
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const Shape& shape = plan.shape;
-    const int64_t first = shape.hidden_rows() * shape.first().depth() * kDepth;
-    const int64_t second = shape.hidden_rows() * shape.second().tiles() * kTile;
+    const int64_t first = parts * shape.hidden_rows() * shape.first().depth() * kDepth;
+    const int64_t second = parts * shape.hidden_rows() * shape.second().tiles() * kTile;
     const int64_t partial_floats = plan.splits == 1 ? 0 : plan.splits * out_floats();
     shared_scratch.reserve(of_halves(first) + of_halves(second) +
                            Scratch::rounded(partial_floats) +
@@ -445,7 +465,7 @@ struct Forward {
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
         own_scratch.reserve(lines_floats(shape));
         float* lines = own_scratch.take(lines_floats(shape));
-        pack(shape, block, weight1, weight2, lines, {weights1, nullptr}, {nullptr, weights2});
+        pack<parts>(shape, block, weight1, weight2, lines, {weights1, nullptr}, {nullptr, weights2});
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
@@ -488,6 +508,7 @@ struct Buffers {  // of a chunk
   float *rows, *line;
 };
 
+template <int parts>
 struct Backward {
   const Plan& plan;
   const Masks& masks;
@@ -514,12 +535,13 @@ struct Backward {
     return sums2(group) + plan.shape.hidden_rows() * sizes.second;
   }
 
-  // 32 hidden rows of 32 pixels: two tiles on the left, `step` apart, whose depth is pixels.
+  // 32 hidden rows of 32 pixels: two cells on the left, `step` apart, whose depth is pixels.
   static void hide(const float* sums, const float* bias, Half* to, int64_t step) {
     for (int64_t r = 0; r < kDepth; ++r) {
-      Halves x;
+      Halves x[parts];
       activate(sums + r * kDepth, bias[r], x);
-      write(x, to + r / kTile * step + r % kTile * kDepth);
+      for (int part = 0; part < parts; ++part)
+        write(x[part], to + r / kTile * step + part * kTileHalves + r % kTile * kDepth);
     }
   }
 
@@ -527,21 +549,26 @@ struct Backward {
   static void hide_gradient(const float* sums, const Half* hidden, Half* left, int64_t left_step,
                             Half* right, int64_t right_step) {
     for (int64_t r = 0; r < kDepth; r += 2) {
-      Halves rows[2], low_pairs, high_pairs;
+      Halves rows[2][parts], low_pairs, high_pairs;
+      const int64_t row = r / kTile * left_step + r % kTile * kDepth;
       for (int64_t i = 0; i < 2; ++i) {
-        const int64_t at = r / kTile * left_step + (r + i) % kTile * kDepth;
         Floats low, high;
         Halves rectified;
         read(sums + (r + i) * kDepth, low);
         read(sums + (r + i) * kDepth + kTile, high);
-        round_to_halves(low, high, rows[i]);
-        read(hidden + at, rectified);
-        keep_active(rectified, rows[i]);
-        write(rows[i], left + at);
+        split(low, high, rows[i]);
+        read(hidden + row + i * kDepth, rectified);
+        for (int part = 0; part < parts; ++part) {
+          keep_active(rectified, rows[i][part]);
+          write(rows[i][part], left + row + part * kTileHalves + i * kDepth);
+        }
       }
-      interleave(rows[0], rows[1], low_pairs, high_pairs);
-      write(low_pairs, right + r / 2 * kDepth);
-      write(high_pairs, right + right_step + r / 2 * kDepth);
+      for (int part = 0; part < parts; ++part) {
+        interleave(rows[0][part], rows[1][part], low_pairs, high_pairs);
+        Half* at = right + part * kTileHalves + r / 2 * kDepth;
+        write(low_pairs, at);
+        write(high_pairs, at + right_step);
+      }
     }
   }
 
@@ -563,27 +590,27 @@ struct Backward {
 
   Buffers buffers() const {
     const Windows seen = plan.shape.first(), made = plan.shape.second();
-    const int64_t pixels = plan.pixels(), held_halves = pixels * plan.most_held();
+    const int64_t pixels = plan.pixels(), held_halves = parts * pixels * plan.most_held();
     const int64_t rows_floats = seen.tiles() * kTile * plan.stride();
     Buffers own;
     const struct {
       Half** data;
       int64_t halves;
-    } parts[] = {
-        {&own.planes, View::halves(plan, seen)},
-        {&own.grad_planes, View::halves(plan, made)},
-        {&own.patches, pixels * seen.depth() * kDepth},
-        {&own.grad_patches, pixels * made.depth() * kDepth},
-        {&own.deep_patches, pixels * sizes.first},
-        {&own.deep_grad_patches, pixels * sizes.second},
+    } buffers[] = {
+        {&own.planes, View<parts>::halves(plan, seen)},
+        {&own.grad_planes, View<parts>::halves(plan, made)},
+        {&own.patches, parts * pixels * seen.depth() * kDepth},
+        {&own.grad_patches, parts * pixels * made.depth() * kDepth},
+        {&own.deep_patches, parts * pixels * sizes.first},
+        {&own.deep_grad_patches, parts * pixels * sizes.second},
         {&own.hidden, held_halves},
         {&own.left, held_halves},
         {&own.right, held_halves},
     };
     int64_t floats = rows_floats + pixels;
-    for (const auto& part : parts) floats += of_halves(part.halves);
+    for (const auto& buffer : buffers) floats += of_halves(buffer.halves);
     own_scratch.reserve(floats);
-    for (const auto& part : parts) *part.data = take_halves(own_scratch, part.halves);
+    for (const auto& buffer : buffers) *buffer.data = take_halves(own_scratch, buffer.halves);
     own.rows = own_scratch.take(rows_floats);
     own.line = own_scratch.take(pixels);
     return own;
@@ -593,8 +620,8 @@ struct Backward {
     const Shape& shape = plan.shape;
     const Windows seen = shape.first(), made = shape.second();
     const Buffers own = buffers();
-    View view(plan, masks, seen, false, own.planes);
-    View grad_view(plan, masks, made, true, own.grad_planes);
+    View<parts> view(plan, masks, seen, false, own.planes);
+    View<parts> grad_view(plan, masks, made, true, own.grad_planes);
     if (split == 0) std::fill(bias_sums(group), bias_sums(group) + shape.outputs, 0.0f);
     const Range chunks = part_of(plan.chunks, plan.groups, group);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
@@ -617,35 +644,35 @@ struct Backward {
                       const Buffers& own) const {
     const Shape& shape = plan.shape;
     const Windows seen = shape.first(), made = shape.second();
-    const int64_t of_seen = seen.depth() * kTileHalves, of_made = made.depth() * kTileHalves;
-    const int64_t of_blocks = blocks * kTileHalves;
+    const int64_t of_seen = seen.depth() * kCell<parts>, of_made = made.depth() * kCell<parts>;
+    const int64_t of_blocks = blocks * kCell<parts>;
     alignas(64) float tile_sums[kDepth * kDepth];
     const TileRegisters registers;
     const Range range = part_of(plan.held, plan.splits, split);
     for (int64_t part = range.begin; part < range.end; ++part) {
       const Range held = plan.held_rows(part);
-      const int64_t depth = held.size() / kDepth, of_depth = depth * kTileHalves;
+      const int64_t depth = held.size() / kDepth, of_depth = depth * kCell<parts>;
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t k = 0; k < depth; ++k) {
           const int64_t row = held.begin + k * kDepth, tile = row / kTile;
-          const int64_t at = 2 * k * of_blocks + block * kTileHalves;
-          product<2, 2>({weights1.by_hidden + tile * of_seen, of_seen},
+          const int64_t at = 2 * k * of_blocks + block * kCell<parts>;
+          product<2, 2, parts>({weights1.by_hidden + tile * of_seen, of_seen},
                         {own.patches + 2 * block * of_seen, of_seen}, seen.depth(), false,
                         tile_sums, kDepth);
           hide(tile_sums, bias1 + row, own.hidden + at, of_blocks);
-          product<2, 2>({weights2.by_hidden + tile * of_made, of_made},
+          product<2, 2, parts>({weights2.by_hidden + tile * of_made, of_made},
                         {own.grad_patches + 2 * block * of_made, of_made}, made.depth(), false,
                         tile_sums, kDepth);
           hide_gradient(tile_sums, own.hidden + at, own.left + at, of_blocks,
-                        own.right + 2 * block * of_depth + k * kTileHalves, of_depth);
+                        own.right + 2 * block * of_depth + k * kCell<parts>, of_depth);
         }
       const int64_t tiles = held.size() / kTile;
-      multiply({own.left, of_blocks}, tiles, {own.deep_patches, of_blocks}, shape.first_tiles(),
+      multiply<parts>({own.left, of_blocks}, tiles, {own.deep_patches, of_blocks}, shape.first_tiles(),
                blocks, add, sums1(group) + held.begin * sizes.first, sizes.first);
-      multiply({own.hidden, of_blocks}, tiles, {own.deep_grad_patches, of_blocks}, made.tiles(),
+      multiply<parts>({own.hidden, of_blocks}, tiles, {own.deep_grad_patches, of_blocks}, made.tiles(),
                blocks, add, sums2(group) + held.begin * sizes.second, sizes.second);
-      multiply({weights1.by_windows + held.begin / kDepth * kTileHalves,
-                shape.hidden_depth() * kTileHalves},
+      multiply<parts>({weights1.by_windows + held.begin / kDepth * kCell<parts>,
+                shape.hidden_depth() * kCell<parts>},
                seen.tiles(), {own.right, of_depth}, 2 * blocks, depth, part > range.begin, own.rows,
                plan.stride());
     }
@@ -675,9 +702,9 @@ struct Backward {
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const Shape& shape = plan.shape;
-    const int64_t first = shape.hidden_rows() * shape.first().depth() * kDepth;
-    const int64_t first_in = shape.hidden_rows() * shape.first().tiles() * kTile;
-    const int64_t second = shape.hidden_rows() * shape.second().depth() * kDepth;
+    const int64_t first = parts * shape.hidden_rows() * shape.first().depth() * kDepth;
+    const int64_t first_in = parts * shape.hidden_rows() * shape.first().tiles() * kTile;
+    const int64_t second = parts * shape.hidden_rows() * shape.second().depth() * kDepth;
     const int64_t partial_floats = plan.splits == 1 ? 0 : plan.splits * in_floats();
     const int64_t all_sums = plan.groups * sizes.floats(shape);
     shared_scratch.reserve(of_halves(first) + of_halves(first_in) + of_halves(second) + all_sums +
@@ -696,7 +723,7 @@ struct Backward {
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
         own_scratch.reserve(lines_floats(shape));
         float* lines = own_scratch.take(lines_floats(shape));
-        pack(shape, block, weight1, weight2, lines, weights1, weights2);
+        pack<parts>(shape, block, weight1, weight2, lines, weights1, weights2);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
@@ -724,15 +751,19 @@ struct Backward {
 }  // namespace
 
 // a (samples, inputs, height, width), weights and biases as those of nn.Conv2d -> out (samples, outputs,
-// height, width). Operands of products are rounded to bfloat16.
+// height, width). Operands of products are rounded to one bfloat16, or to the sum of two.
 HYBRIDFLOW_KERNEL(conv_conditioner)
 (const float* a, const float* weight1, const float* bias1, const float* weight2, const float* bias2,
  float* out, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t hidden,
- int64_t outputs, int64_t size, int64_t threads) {
+ int64_t outputs, int64_t size, int64_t parts, int64_t threads) {
   if (samples == 0) return;
   const Plan plan({samples, height, width, inputs, hidden, outputs, size}, 0);
   const Masks masks(plan);
-  Forward{plan, masks, a, bias1, bias2, out}.run(weight1, weight2, threads);
+  const auto run = [&](auto forward) { forward.run(weight1, weight2, threads); };
+  if (parts == 1)
+    run(Forward<1>{plan, masks, a, bias1, bias2, out});
+  else
+    run(Forward<2>{plan, masks, a, bias1, bias2, out});
 }
 
 // The gradients of the convolutions' operands; that of their input is (samples, inputs, height, width).
@@ -740,7 +771,7 @@ HYBRIDFLOW_KERNEL(conv_conditioner_backward)
 (const float* grad, const float* a, const float* weight1, const float* bias1, const float* weight2,
  float* grad_in, float* grad_weight1, float* grad_bias1, float* grad_weight2, float* grad_bias2,
  int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t hidden, int64_t outputs,
- int64_t size, int64_t threads) {
+ int64_t size, int64_t parts, int64_t threads) {
   const Shape shape{samples, height, width, inputs, hidden, outputs, size};
   if (samples == 0) {
     std::fill(grad_weight1, grad_weight1 + hidden * shape.first().rows(), 0.0f);
@@ -751,6 +782,11 @@ HYBRIDFLOW_KERNEL(conv_conditioner_backward)
   }
   const Plan plan(shape, Sums(shape).floats(shape));
   const Masks masks(plan);
-  Backward{plan, masks, grad, a, bias1, grad_in, grad_weight1, grad_bias1, grad_weight2, grad_bias2}
-      .run(weight1, weight2, threads);
+  const auto run = [&](auto backward) { backward.run(weight1, weight2, threads); };
+  if (parts == 1)
+    run(Backward<1>{plan, masks, grad, a, bias1, grad_in, grad_weight1, grad_bias1, grad_weight2,
+                    grad_bias2});
+  else
+    run(Backward<2>{plan, masks, grad, a, bias1, grad_in, grad_weight1, grad_bias1, grad_weight2,
+                    grad_bias2});
 }

@@ -15,28 +15,31 @@ def _sizes(a: Tensor, weight2: Tensor) -> tuple[int, ...]:
     return samples, height, width, inputs, hidden, outputs, size
 
 
-def _call(tiles: bool, name: str, *arguments: Any) -> None:
+def _call(parts: int, name: str, *arguments: Any) -> None:
     library = native.load()
-    (library.call_tiles if tiles else library.call)(name, *arguments)
+    if parts:
+        library.call_tiles(name, *arguments, parts)
+    else:
+        library.call(name, *arguments)
 
 
 def forward(
-    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, tiles: bool = False
+    a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, parts: int = 0
 ) -> Tensor:
-    """`tiles`: products of bfloat16, by AMX."""
+    """`parts`: numbers of bfloat16 that stand for one in products, by AMX, 1 or 2; 0 for float32 itself."""
     out = a.new_empty((a.shape[0], weight2.shape[0], *a.shape[2:]))
     operands = [v.contiguous() for v in (a, weight1, bias1, weight2, bias2)]
-    _call(tiles, "conv_conditioner", *operands, out, *_sizes(a, weight2))
+    _call(parts, "conv_conditioner", *operands, out, *_sizes(a, weight2))
     return out
 
 
 def backward(
-    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, tiles: bool = False
+    grad: Tensor, a: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, parts: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of a, weight1, bias1, weight2 and bias2, from that of the output."""
     shapes = (a.shape, weight1.shape, bias1.shape, weight2.shape, weight2.shape[:1])
     grads = tuple(a.new_empty(shape) for shape in shapes)
     operands = [v.contiguous() for v in (grad, a, weight1, bias1, weight2)]
     sizes = _sizes(a, weight2)
-    _call(tiles, "conv_conditioner_backward", *operands, *grads, *sizes)
+    _call(parts, "conv_conditioner_backward", *operands, *grads, *sizes)
     return grads  # type: ignore[return-value]

@@ -9,9 +9,25 @@ from .. import _backend, native
 from .._operator import check, check_float, first_order
 from . import native_impl, reference
 
-__all__ = ["conv_conditioner", "is_native"]
+__all__ = ["conv_conditioner", "is_native", "parts"]
 
 _SIZES = (1, 3)  # of the convolutions' kernels
+
+
+# What PyTorch's settings of float32 products on CPUs ask for, in numbers of bfloat16 for one of float32.
+_PARTS = {"tf32": 2, "bf16": 1}
+
+
+def parts(products: torch.dtype | None = None) -> int:
+    """Numbers of bfloat16 that stand for one of float32 in products of a native `conv_conditioner`; 0 for
+    float32 itself."""
+    if products is not None:
+        return 1
+    if native.load().tiles is None:
+        return 0
+    settings: Any = torch.backends.mkldnn
+    asked = settings.conv.fp32_precision
+    return _PARTS.get(settings.matmul.fp32_precision if asked == "none" else asked, 0)
 
 
 def is_native(a: Tensor, products: torch.dtype | None = None) -> bool:
@@ -31,17 +47,17 @@ class _ConvConditioner(torch.autograd.Function):
         bias1: Tensor,
         weight2: Tensor,
         bias2: Tensor,
-        tiles: bool,
+        parts: int,
     ) -> Tensor:
         ctx.save_for_backward(a, weight1, bias1, weight2)
-        ctx.tiles = tiles
-        return native_impl.forward(a, weight1, bias1, weight2, bias2, tiles)
+        ctx.parts = parts
+        return native_impl.forward(a, weight1, bias1, weight2, bias2, parts)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, weight1, bias1, weight2 = ctx.saved_tensors
-        return *native_impl.backward(grad, a, weight1, bias1, weight2, ctx.tiles), None
+        return *native_impl.backward(grad, a, weight1, bias1, weight2, ctx.parts), None
 
 
 def conv_conditioner(
@@ -66,6 +82,11 @@ def conv_conditioner(
     weights, the hidden layer and the gradients of it and of params. Everything else, and every sum, stays
     float32. Processors with AMX have instructions for it.
 
+    These also serve PyTorch's settings of float32 products. Under
+    `torch.set_float32_matmul_precision("high")` each number is the sum of two of bfloat16, off by 2^-18 of
+    it at most, and a product three products of these: results are off by some 1e-5, and infinities become
+    NaN. Under "medium" it is one number of bfloat16. Without AMX both change nothing.
+
     Args:
         a: (B, I, h, w).
         weight1: (H, I, K, K), with K 1 or 3.
@@ -85,7 +106,7 @@ def conv_conditioner(
     if rounded:
         _check_products(a, products)
     if is_native(a, products):
-        return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2, rounded)
+        return _ConvConditioner.apply(a, weight1, bias1, weight2, bias2, parts(products))
     forward = reference.forward_rounded if rounded else reference.forward
     return forward(a, weight1, bias1, weight2, bias2)
 

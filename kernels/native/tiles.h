@@ -1,8 +1,11 @@
-// Products of matrices of bfloat16 with sums in float32, in tiles: by AMX where this is compiled for it, and
+// Products of matrices with sums in float32, in tiles of bfloat16: by AMX where this is compiled for it, and
 // otherwise by plain loops that read the same layouts, for tests on any processor.
 //
 // A tile of sums is 16 x 16. A tile on the left is 16 rows of 32 numbers, one on the right 16 rows of 16
 // pairs: row r holds the rows 2r and 2r + 1 of a matrix of 32 x 16, interleaved.
+//
+// A float32 is rounded to one bfloat16, or is the sum of two but for 2^-18 of it: then a tile of the larger
+// parts and one of the smaller follow one another, and the product of two smaller parts is left out.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +27,15 @@ constexpr int64_t kTile = 16;         // rows, and columns, of a tile of sums
 constexpr int64_t kDepth = 32;        // products in each of its sums
 constexpr int64_t kTileHalves = 512;  // of a tile on the left or the right
 
+template <int parts>
+constexpr int64_t kCell = parts * kTileHalves;  // of the tiles of all parts
+
 inline void read(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
 inline void read(const Half* from, Halves& to) { std::memcpy(&to, from, sizeof to); }
 inline void write(const Floats& from, float* to) { std::memcpy(to, &from, sizeof from); }
 inline void write(const Halves& from, Half* to) { std::memcpy(to, &from, sizeof from); }
 
-// A row, or a column, of tiles that follow one another; the next one begins `step` further on.
+// A row, or a column, of cells that follow one another; the next one begins `step` further on.
 struct Tiles {
   const Half* data;
   int64_t step;
@@ -55,8 +61,28 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// sums (rows x columns tiles), or sums += if `add`, = a product over `depth` tiles.
+template <int rows>
+inline void load_left(Tiles tiles) {
+  _tile_loadd(4, tiles.data, 64);
+  if constexpr (rows == 2) _tile_loadd(5, tiles.data + tiles.step, 64);
+}
+
+template <int columns>
+inline void load_right(Tiles tiles) {
+  _tile_loadd(6, tiles.data, 64);
+  if constexpr (columns == 2) _tile_loadd(7, tiles.data + tiles.step, 64);
+}
+
 template <int rows, int columns>
+inline void add_product_of_loaded() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (columns == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (rows == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+}
+
+// sums (rows x columns tiles), or sums += if `add`, = a product over `depth` cells.
+template <int rows, int columns, int parts>
 inline void product(Tiles a, Tiles b, int64_t depth, bool add, float* sums, int64_t stride) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   float* below = sums + kTile * stride;
@@ -73,20 +99,19 @@ inline void product(Tiles a, Tiles b, int64_t depth, bool add, float* sums, int6
     if constexpr (rows == 2 && columns == 2) _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const Half* left = a.data + k * kTileHalves;
-    const Half* right = b.data + k * kTileHalves;
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (columns == 2) {
-      _tile_loadd(7, right + b.step, 64);
-      _tile_dpbf16ps(1, 4, 7);
+    const Tiles left{a.data + k * kCell<parts>, a.step}, right{b.data + k * kCell<parts>, b.step};
+    if constexpr (parts == 2) {
+      load_left<rows>({left.data + kTileHalves, left.step});
+      load_right<columns>(right);
+      add_product_of_loaded<rows, columns>();
+      load_left<rows>(left);
+      add_product_of_loaded<rows, columns>();
+      load_right<columns>({right.data + kTileHalves, right.step});
+    } else {
+      load_left<rows>(left);
+      load_right<columns>(right);
     }
-    if constexpr (rows == 2) {
-      _tile_loadd(5, left + a.step, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+    add_product_of_loaded<rows, columns>();
   }
   _tile_stored(0, sums, bytes);
   if constexpr (columns == 2) _tile_stored(1, sums + kTile, bytes);
@@ -125,22 +150,28 @@ class TileRegisters {
   TileRegisters() {}
 };
 
-template <int rows, int columns>
+inline float number(Half half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <int rows, int columns, int parts>
 inline void product(Tiles a, Tiles b, int64_t depth, bool add, float* sums, int64_t stride) {
-  const auto number = [](Half half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  };
   for (int64_t r = 0; r < rows * kTile; ++r)
     for (int64_t c = 0; c < columns * kTile; ++c) {
       const Half* left = a.data + r / kTile * a.step + r % kTile * kDepth;
       const Half* right = b.data + c / kTile * b.step + c % kTile * 2;
       float sum = add ? sums[r * stride + c] : 0.0f;
-      for (int64_t k = 0; k < depth * kTileHalves; k += kTileHalves)
-        for (int64_t i = 0; i < kDepth; ++i)
-          sum += number(left[k + i]) * number(right[k + i / 2 * kDepth + i % 2]);
+      for (int64_t k = 0; k < depth * kCell<parts>; k += kCell<parts>)
+        for (int64_t i = 0; i < kDepth; ++i) {
+          const Half* x = left + k + i;
+          const Half* y = right + k + i / 2 * kDepth + i % 2;
+          if constexpr (parts == 2)
+            sum += number(x[kTileHalves]) * number(*y) + number(*x) * number(y[kTileHalves]);
+          sum += number(*x) * number(*y);
+        }
       sums[r * stride + c] = sum;
     }
 }
@@ -194,18 +225,40 @@ inline void spread(Halves& x) {
 // The place of the part i of four in mixed order.
 constexpr int64_t mixed(int64_t i) { return i < 4 ? 2 * i : 2 * i - 7; }
 
-// 32 numbers, the last ones zero if there are fewer.
-inline void round_row(const float* from, int64_t count, Half* to) {
+// The nearest number, or of two the larger in magnitude, with the digits of a bfloat16.
+inline void coarsen(Floats& value) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  value = (Floats)(((Words)value + 0x8000u) & 0xffff0000u);
+}
+
+// As many bfloat16 as there are parts, which add up to each of 32 numbers or to one close by.
+template <int parts>
+inline void split(Floats low, Floats high, Halves (&to)[parts]) {
+  if constexpr (parts == 2) {
+    Floats coarse_low = low, coarse_high = high;
+    coarsen(coarse_low);
+    coarsen(coarse_high);
+    round_to_halves(coarse_low, coarse_high, to[0]);
+    low -= coarse_low;
+    high -= coarse_high;
+  }
+  round_to_halves(low, high, to[parts - 1]);
+}
+
+// 32 numbers, the last ones zero if there are fewer; the next part goes `step` further on.
+template <int parts>
+inline void split_row(const float* from, int64_t count, Half* to, int64_t step) {
   const uint32_t bits = count >= kDepth ? ~0u : (1u << count) - 1;
   Floats low, high;
-  Halves row;
+  Halves row[parts];
   read_some(from, static_cast<uint16_t>(bits), low);
   read_some(from + kTile, static_cast<uint16_t>(bits >> 16), high);
-  round_to_halves(low, high, row);
-  write(row, to);
+  split(low, high, row);
+  for (int part = 0; part < parts; ++part) write(row[part], to + part * step);
 }
 
 // a (row_tiles x depth) times b (depth x column_tiles), as in `product`.
+template <int parts>
 inline void multiply(Tiles a, int64_t row_tiles, Tiles b, int64_t column_tiles, int64_t depth,
                      bool add, float* sums, int64_t stride) {
   for (int64_t r = 0; r < row_tiles; r += 2)
@@ -214,13 +267,13 @@ inline void multiply(Tiles a, int64_t row_tiles, Tiles b, int64_t column_tiles, 
       const Tiles left = a.at(r), right = b.at(c);
       const bool two_rows = r + 1 < row_tiles, two_columns = c + 1 < column_tiles;
       if (two_rows && two_columns)
-        product<2, 2>(left, right, depth, add, to, stride);
+        product<2, 2, parts>(left, right, depth, add, to, stride);
       else if (two_rows)
-        product<2, 1>(left, right, depth, add, to, stride);
+        product<2, 1, parts>(left, right, depth, add, to, stride);
       else if (two_columns)
-        product<1, 2>(left, right, depth, add, to, stride);
+        product<1, 2, parts>(left, right, depth, add, to, stride);
       else
-        product<1, 1>(left, right, depth, add, to, stride);
+        product<1, 1, parts>(left, right, depth, add, to, stride);
     }
 }
 

@@ -14,7 +14,7 @@ from ..actnorm_coupling import (
 )
 from ..actnorm_coupling.op import tap
 from ..conv_conditioner import conv_conditioner
-from ..conv_conditioner.op import is_native
+from ..conv_conditioner.op import is_native, parts
 from ..conv_coupling import conv_coupling, conv_coupling_inverse
 from ..dequantize_logit import logit_transform, logit_transform_inverse
 from ..gmm_log_prob import gmm_log_prob
@@ -93,7 +93,8 @@ def _takes_products(x: Tensor) -> bool:
 
 
 def _is_ready_on_cpu(x: Tensor) -> bool:
-    return _is_eager(x) and is_native(x) and x.is_contiguous()
+    """Whether conv_coupling is native and multiplies as PyTorch's settings ask: in float32 itself."""
+    return _is_eager(x) and is_native(x) and x.is_contiguous() and not parts()
 
 
 def _is_eager(x: Tensor) -> bool:

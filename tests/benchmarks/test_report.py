@@ -238,17 +238,25 @@ def test_pictures_carry_the_digest_of_all_their_files(tmp_path: Path):
     assert tmp_path / "roofline-cpu.png" in report.outdated_pictures(tmp_path)
 
 
-def test_conditioners_in_bf16_have_columns_where_they_were_measured():
+def test_narrow_products_have_columns_where_they_were_measured():
     rate = {"problems": [], "matmul_gflop_s": 100.0, "gflop_s": 20.0}
     shape = {"data": "MNIST", "batch": 300, "channels": 4, "size": 16, "hidden": 128}
     us = {"eager": 4e3, "eager, channels-last": 3e3, "compile": 3e3, "fused": 1e3}
+    us |= {"fused, high": 750.0}
     us |= {"eager, bf16": 2e3, "eager, channels-last, bf16": 1e3, "fused, bf16": 500.0}
     rows = [shape | rate | {"variant": v, "us": [t] * 3} for v, t in us.items()]
     table = kernel_tables.conditioners(HEADER | {"rows": rows})
-    cells = "3 | 3 | 1 | 3.00 | 3.00 | 20 | 20 % | 1 | 0.5 | 2.00 |"
+    cells = "3 | 3 | 1 | 3.00 | 3.00 | 20 | 20 % | 0.75 | 4.00 | 4.00 | 1 | 0.5 | 2.00 |"
     assert f"| MNIST | 300×4×16², 128 | {cells}" in table and "by AMX" in table
     table = kernel_tables.conditioners(HEADER | {"rows": rows[:4]})
     assert "| 20 | 20 % |\n" in table and "bf16" not in table and "AMX" not in table
+    flow = [row | {"task": "sampling", "mode": "default"} for row in rows[:5]]
+    table = kernel_tables.flows(HEADER | {"rows": flow})
+    assert (
+        "| MNIST, 300 | sampling | 3 | 3 | 1 | 3.00 | 3.00 | 0.75 | 4.00 | 4.00 | 20 % |" in table
+    )
+    table = kernel_tables.flows(HEADER | {"rows": flow[:4]})
+    assert "| 1 | 3.00 | 3.00 | 20 % |" in table and "high" not in table
 
 
 # --- time to accuracy ----------------------------------------------------------------------------

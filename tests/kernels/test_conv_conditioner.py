@@ -169,6 +169,26 @@ def test_a_fused_channels_last_step_takes_it_and_unfused_it_is_as_before(calls, 
     assert torch.equal(getattr(model, direction)(x)[0], before) and len(calls) == 1
 
 
+@pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+def test_a_fused_step_multiplies_as_pytorch_is_told_to(calls, direction):
+    """A contiguous one is a single op, but in float32 alone."""
+    model, x = step(), torch.randn(9, 6, 4, 4)
+    fuse(model)
+    before, log_det = getattr(model, direction)(x)
+    assert not calls
+    torch.set_float32_matmul_precision("high")
+    try:
+        with native.load().using_tiles("emulated"):
+            after, other_log_det = getattr(model, direction)(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert calls == [None]
+    assert not torch.equal(after, before)
+    assert torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(other_log_det, log_det, rtol=1e-3, atol=1e-3)
+
+
 def strange(change):
     made = make_conditioner(3, 8, 6)
     change(made)
