@@ -130,7 +130,9 @@ def remembered(module: nn.Module, name: str, sources: tuple, make: Callable[...,
 
     Whether one was is known without reading a device.
     """
-    kept = module.__dict__.setdefault(_KEPT, {})
+    if not hasattr(module, _KEPT):
+        setattr(module, _KEPT, {})  # as setdefault, which not every torch.compile can trace
+    kept = getattr(module, _KEPT)
     if torch.compiler.is_compiling() and any(isinstance(s, Tensor) for s in sources):
         return make(*sources)
     versions = [_version(s) for s in sources]

@@ -74,7 +74,7 @@ def test_the_command_measures_every_variant(measured: dict[str, Any]):
 @needs_library
 def test_results_say_where_and_with_what_they_were_made(measured: dict[str, Any]):
     machine = measured["machine"]
-    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert machine["processor"] and machine["cores"] >= 1 and machine["threads"] >= 1
     assert measured["commit"] is None or len(measured["commit"].split("-")[0]) == 40
     assert set(measured["load"]) == {"before", "others"}
