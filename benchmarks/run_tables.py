@@ -1,6 +1,7 @@
 """Tables of training runs, from the records that training.py writes."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
@@ -214,7 +215,9 @@ def _accuracies(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _ending(records: Sequence[dict[str, Any]]) -> str:
-    seeds = len({r["results"]["seed"] for r in records})
+    runs = Counter(" ".join(r["arguments"][:-1]) for r in records)  # the last word is the seed
+    fewest, most = min(runs.values()), max(runs.values())
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
     minutes = mean(r["results"]["seconds"] for r in records) / 60
     return (
         f"\n\nTest accuracy at the last step, mean ± standard deviation over {seeds} seeds; "

@@ -34,6 +34,7 @@ BEST: dict[str, list[str]] = {
     "discriminator: no consistency": ["--terms.w-con-d", "0"],
     "teacher: the current weights": ["--terms.teacher", "current"],
     "no shifts": ["--shift", "0"],
+    "and label smoothing of 0.1": ["--terms.smoothing", "0.1"],
 }
 # A light likelihood, beside which the adversarial term has a say.
 _BRIDGES = ["--fused", "--preset", "pinwheel", "--terms.w-nll", "0.1", "--terms.w-adv-g", "1"]
