@@ -285,7 +285,6 @@ _MNIST_SMALL = replace(
     steps=6000,
     discriminator=replace(_GREY_SMALL.discriminator, widths=(16, 32, 64)),
     terms=replace(_GREY_SMALL.terms, confidence=0.95),
-    # Covering the dash of a seven keeps the teacher from being certain that it is a two.
     strong=replace(_GREY_SMALL.strong, cutout=0.4),
 )
 _CIFAR10 = Config(
