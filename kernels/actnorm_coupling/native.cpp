@@ -10,6 +10,7 @@
 
 #include "actnorm_coupling/arithmetic.h"
 #include "actnorm_coupling/tiles.h"
+#include "native/denormals.h"
 #include "native/lanes.h"
 #include "native/native.h"
 #include "native/vector_math.h"
@@ -118,6 +119,7 @@ void for_each_chunk(const Shape& shape, const Chunks& chunks, int64_t scratch_si
   const int64_t elements = shape.samples * shape.channels * shape.positions();
 #pragma omp parallel num_threads(team(elements, threads))
   {
+    const NoDenormals no_denormals;
     const Memory<float> scratch(scratch_size);
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {

@@ -16,6 +16,7 @@
 // depend on the shape alone.
 #include <algorithm>
 
+#include "native/denormals.h"
 #include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
@@ -438,6 +439,7 @@ struct Forward {
 
 #pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
+      const NoDenormals no_denormals;
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
         pack_gather(weights1, hidden, t, packed1);
@@ -722,6 +724,7 @@ struct Backward {
 
 #pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
+      const NoDenormals no_denormals;
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
         pack_gather(weights1, hidden, t, packed1);

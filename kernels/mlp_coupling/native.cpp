@@ -11,6 +11,7 @@
 #include <initializer_list>
 
 #include "actnorm_coupling/arithmetic.h"
+#include "native/denormals.h"
 #include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
@@ -460,6 +461,7 @@ struct Backward {
     const int64_t last = partial_floats() - kKinds * l.channels;
 #pragma omp parallel num_threads(call.team_of(3))
     {
+      const NoDenormals no_denormals;
       call.net.pack(true);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) item(chunk);
@@ -515,6 +517,7 @@ HYBRIDFLOW_KERNEL(mlp_coupling)
   call.net.take_packed(false);
 #pragma omp parallel num_threads(call.team_of(1))
   {
+    const NoDenormals no_denormals;
     call.net.pack(false);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < call.panels(); ++panel)

@@ -1,5 +1,6 @@
 """The native conditioner against torch's convolutions in float64, for every instruction set."""
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -165,3 +166,12 @@ def test_empty_batches_have_gradients_of_zero():
     out, grad_a, *grads = _native(*_operands(shape))
     assert out.shape == (0, 4, 4, 4) and grad_a.shape == (0, 2, 4, 4)
     assert all(not bool(g.any()) for g in grads)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there this is asked for")
+def test_denormal_numbers_count_as_zero_inside_and_nowhere_else():
+    operands, grad = _operands((20, 2, 40, 4, 8, 8, 3))
+    tiny = torch.full_like(grad, 1e-39)
+    _, grad_a, *grads = _native(operands, tiny)
+    assert not any(bool(g.any()) for g in (grad_a, *grads[:3]))  # but for bias2, which sums them
+    assert bool((torch.full((4,), 2e-38) * 0.5 > 0).all())
