@@ -165,24 +165,26 @@ def roofline(
 ) -> None:
     """Rates of whole flows and of single conditioners beside those of a copy and of a product.
 
-    The intensity counts the least traffic, a kernel per coupling, for all variants: eager's lies lower
-    for moving more than that, and for its rate of arithmetic.
+    Each panel names its machine and has that one's product; the copy's is named if it is another. The
+    intensity counts the least traffic, a kernel per coupling, for all variants: eager's lies lower for
+    moving more than that, and for its rate of arithmetic.
     """
     copy = kernels["copy"]["gb_s"]
     panels = {
-        "whole flows": list(_of_flows(flows)),
-        "conditioners alone": list(_of_conditioners(conditioners)),
+        "whole flows": (flows, list(_of_flows(flows))),
+        "conditioners alone": (conditioners, list(_of_conditioners(conditioners))),
     }
-    product = max(row["matmul_gflop_s"] for row in (*flows["rows"], *conditioners["rows"]))
     size = (10.4, 4.6)
     with _figure(path, source, ncols=len(panels), figsize=size, sharey=True) as (figure, axes):
-        for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
-            _roofs(axis, [x for x, *_ in points], copy, product)
+        for axis, (title, (results, points)) in zip(axes[0], panels.items(), strict=True):
+            product = max(row["matmul_gflop_s"] for row in results["rows"])
+            where = "" if _where(kernels) == _where(results) else f" ({_where(kernels)})"
+            _roofs(axis, [x for x, *_ in points], copy, product, where)
             _points(axis, points)
-            axis.set_title(title, fontsize=10)
+            axis.set_title(f"{title}: {_where(results)}", fontsize=10)
             axis.set_xlabel("FLOP per byte moved, at least")
         axes[0][0].set_ylabel("GFLOP/s")
-        figure.suptitle(f"How far the machine's limits are: {_where(flows)}", fontsize=11)
+        figure.suptitle("How far the machine's limits are", fontsize=11)
 
 
 Point = tuple[float, str, dict[str, float]]  # FLOP per byte, name, GFLOP/s by variant
@@ -225,7 +227,10 @@ def _rates(variants: Mapping[str, Row]) -> dict[str, float]:
     return rates | ({"fused": fused["gflop_s"]} if fused and not fused["problems"] else {})
 
 
-def _roofs(axis: Any, intensities: Sequence[float], copy: float, product: float) -> None:
+def _roofs(
+    axis: Any, intensities: Sequence[float], copy: float, product: float, where: str
+) -> None:
+    """The lines; `where` is added to the label of the copy."""
     ends = [0.4 * min([*intensities, product / copy]), 1.7 * max([*intensities, product / copy])]
     corner = product / copy
     axis.plot([ends[0], corner, ends[1]], [copy * ends[0], product, product], "k-", linewidth=1)
@@ -241,7 +246,7 @@ def _roofs(axis: Any, intensities: Sequence[float], copy: float, product: float)
     axis.set_yscale("log")
     axis.set_xlim(ends)
     middle = (ends[0] * corner) ** 0.5
-    axis.text(1.1 * middle, copy * middle, f"copy, {copy:.0f} GB/s", fontsize=8, va="top")
+    axis.text(1.1 * middle, copy * middle, f"copy, {copy:.0f} GB/s{where}", fontsize=8, va="top")
     axis.grid(color="0.92", which="both")
 
 
