@@ -103,11 +103,6 @@ def _step(function: Callable[..., Tensor], values: Sequence[Tensor], grad: Tenso
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def _in_high(function: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
-    with arithmetic("high", torch.device("cpu")):
-        return function(*arguments)
-
-
 def _named(results: Sequence[Tensor]) -> dict[str, Tensor]:
     names = ("params", "a", "weight1", "bias1", "weight2", "bias2")
     return dict(zip(names, results, strict=True))
@@ -129,7 +124,7 @@ def measure(shape: Shape, seconds: float = _SECONDS) -> list[dict[str, Any]]:
     if native.available() and native.load().tiles is not None:
         rounded = functools.partial(conv_conditioner, products=torch.bfloat16)
         calls |= {
-            "fused, high": lambda: _in_high(_step, conv_conditioner, values, grad),
+            "fused, high": arithmetic("high", torch.device("cpu"))(calls["fused"]),
             "eager, bf16": lambda: _step(_autocast, values, grad),
             "eager, channels-last, bf16": lambda: _step(_autocast, last, grad_last),
             "fused, bf16": lambda: _step(rounded, values, grad),

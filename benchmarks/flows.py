@@ -93,11 +93,6 @@ def _precision_of(variant: str, precision: Precision) -> Precision:
     return "high" if variant.endswith(_HIGH) else precision
 
 
-def _results_in(precision: Precision, *arguments: Any) -> dict[str, Tensor]:
-    with arithmetic(precision, _CPU):
-        return _results(*arguments)
-
-
 class _Sampler(nn.Module):
     """A flow's inverse as the forward of a module, for torch.compile."""
 
@@ -178,7 +173,7 @@ def measure_flow(
         given = {"eager, channels-last": _channels_last(operands)}
         calls: dict[str, Call] = {
             name: functools.partial(
-                *(_results_in, _precision_of(name, precision)),
+                arithmetic(_precision_of(name, precision), _CPU)(_results),
                 *(task, module, given.get(name, operands)),
             )
             for name, module in modules.items()

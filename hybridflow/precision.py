@@ -12,7 +12,7 @@ __all__ = ["arithmetic"]
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Run networks in this arithmetic inside a `with` block.
+    """Run networks in this arithmetic inside a `with` block, or a function that this decorates.
 
     fp32 takes PyTorch's settings as they are; high is its `torch.set_float32_matmul_precision("high")`,
     for the block; bf16 is autocast to bfloat16.
