@@ -14,33 +14,21 @@
 // whose hidden layer is held at a time.
 // An item of work is a chunk of groups and a range of hidden rows. The items, and the order of every sum,
 // depend on the shape alone.
+// With rows of four positions and more, winograd.h has fewer products.
 #include <algorithm>
 
+#include "conv_conditioner/net.h"
+#include "conv_conditioner/winograd.h"
 #include "native/denormals.h"
-#include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
 
 namespace {
 
-constexpr int64_t kMostSize = 3;         // of the convolutions' windows
-constexpr int64_t kHeldPanels = 32;      // positions whose hidden layer is held for the weights' gradients
-constexpr int64_t kHeldRows = 64;        // of the hidden layer, at a time
-constexpr int64_t kItems = 16;           // of work, where there is enough of it
-constexpr int64_t kItemFlops = 1 << 22;  // enough
-constexpr int64_t kPartialFloats = 1 << 20;  // of the weights' gradients, over all chunks
-
-thread_local Scratch shared_scratch, own_scratch;  // of the calling thread, for all; of each thread
+constexpr int64_t kHeldPanels = 32;  // positions whose hidden layer is held for the weights' gradients
+constexpr int64_t kHeldRows = 64;    // of the hidden layer, at a time
 
 // --- shapes --------------------------------------------------------------------------------------
-
-struct Net {
-  int64_t inputs, hidden, outputs, size;
-
-  int64_t taps() const { return size * size; }
-  int64_t reach() const { return size / 2; }
-  int64_t weights() const { return hidden * taps() * (inputs + outputs); }
-};
 
 struct Grid {
   int64_t samples, height, width, reach;
@@ -71,24 +59,7 @@ struct Grid {
   int64_t positions() const { return rows() * width; }
 };
 
-// Of an elementwise operation that takes as long, about; each weight is moved once or twice.
-int64_t elements(const Net& net, double flops) {
-  return static_cast<int64_t>(flops / 256) + net.weights() / 2;
-}
-
-// Ranges into which the hidden rows are cut, for there to be enough items.
-int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
-  const int64_t wanted = std::min(ratio_up(kItems, chunks), hidden.count / 4);
-  const double affordable = flops / static_cast<double>(kItemFlops * chunks);
-  return std::max<int64_t>(1, std::min(wanted, static_cast<int64_t>(affordable)));
-}
-
 // --- arrays to panels and back -------------------------------------------------------------------
-
-struct Source {  // (samples, channels, height, width)
-  const float* data;
-  int64_t channels;
-};
 
 // How a group's panels lie: (rows, margin + width + margin, channels).
 struct Layout {
@@ -214,25 +185,6 @@ void add_halves(const Grid& grid, const Halves& halves, int64_t channels, const 
 
 // --- weights -------------------------------------------------------------------------------------
 
-struct Weights {  // of hidden row h, channel c and a tap: data[h * row + c * channel + tap]
-  const float* data;
-  int64_t row, channel, channels;
-  int64_t size;
-  bool flipped;  // tap t is seen as the last minus t
-
-  int64_t taps() const { return size * size; }
-  int64_t seen(int64_t tap) const { return flipped ? taps() - 1 - tap : tap; }
-};
-
-Weights first_weights(const Net& net, const float* data) {
-  return {data, net.inputs * net.taps(), net.taps(), net.inputs, net.size, false};
-}
-
-// The second convolution's position is that of its output, ours that of the hidden layer.
-Weights second_weights(const Net& net, const float* data) {
-  return {data, net.taps(), net.hidden * net.taps(), net.outputs, net.size, true};
-}
-
 void pack_gather(const Weights& weights, const Parts& hidden, int64_t tile, float* packed) {
   const int64_t begin = hidden.begin(tile), rows = hidden.length(tile);
   float* to = packed + begin * weights.taps() * weights.channels;
@@ -246,21 +198,25 @@ void pack_gather(const Weights& weights, const Parts& hidden, int64_t tile, floa
 
 void pack_scatter(const Weights& weights, const Target& target, const Parts& hidden, int64_t tile,
                   float* packed) {
-  const int64_t segment = target.segment();
-  const Parts parts(segment, kTileRows);
+  const Parts parts(target.segment(), kTileRows);
   for (int64_t j = 0; j < parts.count; ++j) {
     const int64_t rows = parts.length(j);
+    const float* channels[kTileRows];
+    int64_t columns[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t dx = (parts.begin(j) + r) / weights.channels;
-      const int64_t c = (parts.begin(j) + r) % weights.channels;
-      const float* channel = weights.data + c * weights.channel;
-      for (int64_t h = hidden.begin(tile); h < hidden.begin(tile + 1); ++h) {
-        float* to = packed + parts.begin(j) * hidden.size + h * rows + r;
-        for (int64_t s = 0; s < target.segments(); ++s) {
-          const int64_t tap = weights.seen(target.joined() ? s * weights.size + dx : s);
-          to[s * target.weights(hidden.size)] = channel[h * weights.row + tap];
-        }
-      }
+      columns[r] = (parts.begin(j) + r) / weights.channels;
+      channels[r] = weights.data + (parts.begin(j) + r) % weights.channels * weights.channel;
+    }
+    for (int64_t h = hidden.begin(tile); h < hidden.begin(tile + 1); ++h) {
+      float taps[kMostSize * kMostSize][kTileRows];
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t tap = 0; tap < weights.taps(); ++tap)
+          taps[weights.seen(tap)][r] = channels[r][h * weights.row + tap];
+      float* to = packed + parts.begin(j) * hidden.size + h * rows;
+      for (int64_t s = 0; s < target.segments(); ++s)
+        for (int64_t r = 0; r < rows; ++r)
+          to[s * target.weights(hidden.size) + r] =
+              taps[target.joined() ? s * weights.size + columns[r] : s][r];
     }
   }
 }
@@ -390,8 +346,7 @@ struct Forward {
         halves(grid, splits, net.outputs) {}
 
   double flops() const {
-    return 2.0 * static_cast<double>(grid.samples * grid.height * grid.width) *
-           static_cast<double>(net.weights());
+    return net.flops() * static_cast<double>(grid.samples * grid.height * grid.width);
   }
 
   int64_t most_rows() const { return kHeldRows + kTileRows; }
@@ -457,13 +412,6 @@ struct Forward {
 };
 
 // --- backward ------------------------------------------------------------------------------------
-
-struct Gradients {  // of a chunk, each in the layout of what it belongs to
-  float* weight1;
-  float* bias1;
-  float* weight2;
-  float* bias2;
-};
 
 // The positions whose hidden layer is held: rows [rows.begin, rows.end) of so many staged groups.
 struct Held {
@@ -536,8 +484,8 @@ struct Backward {
         halves(grid, splits, net.inputs) {}
 
   double flops() const {
-    return 2.0 * static_cast<double>(grid.samples * grid.height * grid.width) *
-           static_cast<double>(net.weights()) * 2.33;
+    return net.flops() * kBackwardFlops *
+           static_cast<double>(grid.samples * grid.height * grid.width);
   }
 
   int64_t partial_floats() const {
@@ -752,6 +700,18 @@ struct Backward {
   }
 };
 
+// Whether spans of rows need fewer products: six points and three taps of a column in place of nine taps
+// of four positions, those outside of the image not counted, and as much again for a row's transforms as
+// for one of its taps.
+bool spans_pay(const Net& net, const Grid& grid, const winograd::Spans& spans) {
+  if (net.size != winograd::kTaps || grid.width % winograd::kSpan != 0 || spans.images == 0)
+    return false;
+  const int64_t inside = 3 * grid.height - 2;
+  const int64_t rows = grid.strips == 1 ? inside : 3 * grid.core();
+  return spans.groups * winograd::kPoints * (inside + grid.height) <
+         grid.groups * rows * (3 * grid.width - 2);
+}
+
 }  // namespace
 
 // a (samples, inputs, height, width), weights and biases as those of nn.Conv2d -> out (samples, outputs,
@@ -764,6 +724,9 @@ HYBRIDFLOW_KERNEL(conv_conditioner)
   const Grid grid(samples, height, width, net.reach());
   if (grid.groups == 0) return;
   const Source source{a, inputs};
+  const winograd::Spans spans(samples, height, width);
+  if (spans_pay(net, grid, spans))
+    return winograd::Forward(net, spans, source, bias1, bias2, out).run(weight1, weight2, threads);
   Forward(net, grid, source, bias1, bias2, out).run(weight1, weight2, threads);
 }
 
@@ -785,5 +748,9 @@ HYBRIDFLOW_KERNEL(conv_conditioner_backward)
   const Source from_grad{grad, outputs};
   const Source source{a, inputs};
   const Gradients results{grad_weight1, grad_bias1, grad_weight2, grad_bias2};
+  const winograd::Spans spans(samples, height, width);
+  if (spans_pay(net, grid, spans))
+    return winograd::Backward(net, spans, from_grad, source, bias1, grad_in, results)
+        .run(weight1, weight2, threads);
   Backward(net, grid, from_grad, source, bias1, grad_in, results).run(weight1, weight2, threads);
 }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "native/lanes.h"
+#include "native/native.h"
 
 namespace {
 
@@ -116,19 +117,53 @@ inline void transpose(Quad* rows) {
   rows[3] = HYBRIDFLOW_SHUFFLE(b, d, 2, 3, 6, 7);
 }
 
-inline Quad to_quad(Lanes lanes) {
-  Quad quads[kLanes / 4];
-  std::memcpy(quads, &lanes, sizeof lanes);
-  Quad total = quads[0];
-  for (int q = 1; q < kLanes / 4; ++q) total += quads[q];
-  return total;
+#if defined(__clang__)
+template <int half>
+HYBRIDFLOW_INLINE Lanes halves_of(Lanes a, Lanes b, int which) {
+  Lanes result;
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = i / (2 * half) * (2 * half) + which * half + i % half;
+    result[i] = i % (2 * half) < half ? a[from] : b[from];
+  }
+  return result;
+}
+#else
+template <int half>
+HYBRIDFLOW_INLINE Lanes halves_of(Lanes a, Lanes b, int which) {
+  IntLanes from;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    from[i] = i / (2 * half) * (2 * half) + which * half + i % half + i / half % 2 * kLanes;
+  return __builtin_shuffle(a, b, from);
+}
+#endif
+
+// The sums of each of `count` vectors' lanes, in neighbouring lanes of one vector: two by two, the halves
+// of ever smaller blocks are added up, of one vector on the left and of the other on the right.
+template <int count, int half = kLanes / 2>
+HYBRIDFLOW_INLINE Lanes fold_each(const Lanes* vectors) {
+  if constexpr (half == 0) {
+    return vectors[0];
+  } else {
+    constexpr int left = count > half ? half : count;  // the others are added to these
+    Lanes sums[left];
+#pragma GCC unroll 16
+    for (int i = 0; i < left; ++i) {
+      const Lanes other = i + half < count ? vectors[i + half < count ? i + half : i] : vectors[i];
+      sums[i] = halves_of<half>(vectors[i], other, 0) + halves_of<half>(vectors[i], other, 1);
+    }
+    return fold_each<left, half / 2>(sums);
+  }
 }
 
-inline Quad fold_four(Lanes first, Lanes second, Lanes third, Lanes fourth) {
-  const Quad a = to_quad(first), b = to_quad(second), c = to_quad(third), d = to_quad(fourth);
-  const Quad ab = HYBRIDFLOW_SHUFFLE(a, b, 0, 4, 1, 5) + HYBRIDFLOW_SHUFFLE(a, b, 2, 6, 3, 7);
-  const Quad cd = HYBRIDFLOW_SHUFFLE(c, d, 0, 4, 1, 5) + HYBRIDFLOW_SHUFFLE(c, d, 2, 6, 3, 7);
-  return HYBRIDFLOW_SHUFFLE(ab, cd, 0, 1, 4, 5) + HYBRIDFLOW_SHUFFLE(ab, cd, 2, 3, 6, 7);
+// to[i * step] += the sum of vector i's lanes.
+template <int count>
+HYBRIDFLOW_INLINE void add_folded(const Lanes* vectors, int64_t step, float* to) {
+  constexpr int most = count < kLanes ? count : kLanes;
+  const Lanes sums = fold_each<most>(vectors);
+#pragma GCC unroll 16
+  for (int i = 0; i < most; ++i) to[i * step] += sums[i];
+  if constexpr (most < count) add_folded<count - most>(vectors + most, step, to + most * step);
 }
 
 // A pair of panels that belong together, by the offsets of their first rows.
@@ -171,18 +206,7 @@ inline void inner_products(const float* a, const float* b, const Pair* pairs, in
     }
   }
 #pragma GCC unroll 16
-  for (int c = 0; c < columns; ++c) {
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r += 4) {
-      const Lanes none = Lanes{};
-      const Quad total = fold_four(sum[c][r], r + 1 < rows ? sum[c][r + 1 < rows ? r + 1 : r] : none,
-                                   r + 2 < rows ? sum[c][r + 2 < rows ? r + 2 : r] : none,
-                                   r + 3 < rows ? sum[c][r + 3 < rows ? r + 3 : r] : none);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k)
-        if (r + k < rows) to[(r + k) * step + places[c]] += total[k];
-    }
-  }
+  for (int c = 0; c < columns; ++c) add_folded<rows>(sum[c], step, to + places[c]);
 }
 
 // --- layers with a ReLU ----------------------------------------------------------------------------

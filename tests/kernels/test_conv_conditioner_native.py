@@ -33,6 +33,16 @@ SHAPES = [
     (24, 6, 512, 12, 8, 8, 3),  # hidden rows in several items
     (0, 2, 9, 4, 4, 4, 3),
 ]
+# Of these, points of spans need fewer products than positions, with any instruction set.
+IN_SPANS = [
+    (64, 2, 40, 4, 16, 16, 3),
+    (96, 5, 27, 14, 4, 4, 3),
+    (33, 12, 30, 25, 8, 8, 3),
+    (32, 1, 1, 1, 3, 4, 3),
+    (40, 3, 25, 7, 5, 12, 3),  # with an empty lane or two
+    (9, 6, 50, 13, 20, 28, 3),
+    (64, 6, 512, 12, 4, 8, 3),  # hidden rows in several items
+]
 
 
 @pytest.fixture(autouse=True, params=native.load().supported)
@@ -100,12 +110,12 @@ def _check(shape: tuple[int, ...], o: dict[str, Tensor], grad: Tensor) -> None:
         assert bool(((got - want).abs() <= bound * magnitude).all()), name
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("shape", SHAPES + IN_SPANS, ids=lambda s: "-".join(map(str, s)))
 def test_output_and_every_gradient_are_those_of_two_convolutions(shape):
     _check(shape, *_operands(shape))
 
 
-@pytest.mark.parametrize("shape", [(40, 4, 130, 8, 8, 8, 3), (65, 12, 512, 24, 2, 2, 3)])
+@pytest.mark.parametrize("shape", [(64, 4, 130, 8, 8, 8, 3), (65, 12, 512, 24, 2, 2, 3)])
 def test_results_do_not_depend_on_the_run_or_the_number_of_threads(shape):
     operands, grad = _operands(shape)
     before, runs = torch.get_num_threads(), []
@@ -119,8 +129,10 @@ def test_results_do_not_depend_on_the_run_or_the_number_of_threads(shape):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_what_an_earlier_call_left_in_memory_does_not_matter():
-    shape, other = SHAPES[0], SHAPES[3]
+@pytest.mark.parametrize(
+    ("shape", "other"), [(SHAPES[0], SHAPES[3]), (IN_SPANS[0], SHAPES[3]), (SHAPES[3], IN_SPANS[5])]
+)
+def test_what_an_earlier_call_left_in_memory_does_not_matter(shape, other):
     clean = _native(*_operands(shape))
     for poisoned in (shape, other):
         operands, grad = _operands(poisoned)
@@ -143,18 +155,29 @@ def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(value):
     assert bool(got[5].isfinite().all())  # of bias2
 
 
-def test_a_gradient_that_is_not_finite_stays_in_its_image():
-    shape = (20, 2, 40, 4, 8, 8, 3)
+def test_in_spans_what_is_not_finite_may_reach_the_neighbours_that_share_a_span_and_nothing_else():
+    operands, grad = _operands(IN_SPANS[0])
+    operands["a"][3, 0, 4, 9] = float("inf")
+    depends = _reference(operands, grad)[0].isfinite().logical_not()
+    spread = _native(operands, grad)[0].isfinite().logical_not()
+    assert bool((spread | ~depends).all())
+    # The pixel is seen by the hidden spans at 8 to 11, and these by their neighbours.
+    spread[3, :, 2:7, 7:13] = False
+    assert not bool(spread.any())
+
+
+@pytest.mark.parametrize("shape", [(20, 2, 40, 4, 8, 8, 3), IN_SPANS[0]])
+def test_a_gradient_that_is_not_finite_stays_in_its_image(shape):
     operands, grad = _operands(shape)
     grad[3, 1, 4, 5] = float("nan")
     _, grad_a, *_, grad_bias2 = _native(operands, grad)
     finite = grad_a.isfinite().flatten(1).all(1)
-    assert finite.sum() == 19 and not finite[3]
+    assert finite.sum() == shape[0] - 1 and not finite[3]
     assert grad_bias2.isnan().tolist() == [False, True, False, False]
 
 
-def test_a_nan_before_the_relu_is_not_taken_for_zero():
-    shape = (2, 2, 5, 3, 4, 4, 3)
+@pytest.mark.parametrize("shape", [(2, 2, 5, 3, 4, 4, 3), (64, 2, 5, 3, 4, 4, 3)])
+def test_a_nan_before_the_relu_is_not_taken_for_zero(shape):
     operands, grad = _operands(shape)
     operands["bias1"][2] = float("nan")
     out, grad_a, *_ = _native(operands, grad)
@@ -169,8 +192,9 @@ def test_empty_batches_have_gradients_of_zero():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only there this is asked for")
-def test_denormal_numbers_count_as_zero_inside_and_nowhere_else():
-    operands, grad = _operands((20, 2, 40, 4, 8, 8, 3))
+@pytest.mark.parametrize("shape", [(20, 2, 40, 4, 8, 8, 3), IN_SPANS[0]])
+def test_denormal_numbers_count_as_zero_inside_and_nowhere_else(shape):
+    operands, grad = _operands(shape)
     tiny = torch.full_like(grad, 1e-39)
     _, grad_a, *grads = _native(operands, tiny)
     assert not any(bool(g.any()) for g in (grad_a, *grads[:3]))  # but for bias2, which sums them
