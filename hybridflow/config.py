@@ -133,8 +133,7 @@ class StrongConfig:
     brightness: Fraction = 0.1
     """Change of the brightness, of a range of 1."""
     cutout: Fraction = 0.0
-    """Side of the square that is covered in the discriminator's views, as a share of the image's side.
-    The flow, whose density has no place for such images, sees the views without it."""
+    """Side of the square that is covered, as a share of the image's side."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hybridflow.config import ObjectiveConfig, OptimiserConfig, Precision, StrongConfig
-from hybridflow.data import Batches, cutout, strong_view
+from hybridflow.data import Batches, strong_view
 from hybridflow.discriminator import Discriminator
 from hybridflow.errors import InputError
 from hybridflow.flow import MixtureFlow, dequantise
@@ -108,7 +108,7 @@ class HybridStep:
                 generated = self.model.inverse(z_k, z_n)
                 seen.append(generated.detach())
         if w.w_con_d:
-            seen.append(cutout(view, self.strong.cutout))
+            seen.append(view)
 
         with phase("discriminator"):
             logits, *others = self.discriminator(torch.cat(seen)).split([len(s) for s in seen])

@@ -4,7 +4,7 @@ from hybridflow.data.batches import Batches, iterate
 from hybridflow.data.readers import read_cifar_bin, read_idx, read_svhn_mat
 from hybridflow.data.sources import DATASETS, PLANAR, Dataset, fresh_points, load_dataset
 from hybridflow.data.splits import Split, load_split, make_split, save_split
-from hybridflow.data.strong import cutout, strong_view
+from hybridflow.data.strong import strong_view
 
 __all__ = [
     "DATASETS",
@@ -12,7 +12,6 @@ __all__ = [
     "Batches",
     "Dataset",
     "Split",
-    "cutout",
     "fresh_points",
     "iterate",
     "load_dataset",

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from hybridflow.config import StrongConfig
 
-__all__ = ["cutout", "strong_view"]
+__all__ = ["strong_view"]
 
 
 def strong_view(x: Tensor, config: StrongConfig, levels: int) -> Tensor:
-    """Each image moved, bent and recoloured at random.
+    """Each image moved, bent, recoloured and partly covered at random.
 
     In this order: one affine map (rotation, zoom, shear, shift; bilinear), contrast about the image's
-    mean and brightness, each drawn uniformly for each image by itself.
+    mean and brightness, a square set to the image's mean, each drawn uniformly for each image by itself.
     Outside of the image lies black for grey images, and the mirrored image for colour.
 
     Can be captured in a CUDA graph; random numbers come from the device's default generator.
@@ -26,7 +26,7 @@ def strong_view(x: Tensor, config: StrongConfig, levels: int) -> Tensor:
     Returns:
         Grey levels like x, rounded.
 
-    Source: after RandAugment (Cubuk et al., 2020).
+    Source: after RandAugment (Cubuk et al., 2020) and Cutout (DeVries and Taylor, 2017).
     """
     top = levels - 1
     view = x.float() / top
@@ -38,26 +38,9 @@ def strong_view(x: Tensor, config: StrongConfig, levels: int) -> Tensor:
         mean = view.mean((1, 2, 3), keepdim=True)
         view = (view - mean) * (1 + config.contrast * contrast) + mean
         view = view + config.brightness * brightness
+    if config.cutout:
+        view = torch.where(_square(view, config.cutout), view.mean((1, 2, 3), keepdim=True), view)
     return (view.clamp(0, 1) * top).round().to(x.dtype)
-
-
-def cutout(x: Tensor, side: float) -> Tensor:
-    """A square of each image set to the image's mean; its centre is drawn uniformly over the image.
-
-    Args:
-        x: images, (B, C, H, W), of floats.
-        side: of the square, as a share of the image's.
-
-    Source: DeVries and Taylor (2017).
-    """
-    if not side:
-        return x
-    inside = [
-        ((torch.arange(size, device=x.device) + 0.5) / size - centre[:, None]).abs() < side / 2
-        for size, centre in zip(x.shape[2:], torch.rand(2, len(x), device=x.device), strict=True)
-    ]
-    square = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
-    return torch.where(square, x.mean((1, 2, 3), keepdim=True), x)
 
 
 def _uniform(x: Tensor, count: int) -> Tensor:
@@ -77,3 +60,12 @@ def _affine(x: Tensor, config: StrongConfig) -> Tensor:
         (zoom_y * sin, zoom_y * (shear * sin + cos), 2 * config.shift * down),
     )
     return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
+def _square(x: Tensor, side: float) -> Tensor:
+    """Which pixels lie in a square of that share of the image's side, centred anywhere: (B, 1, H, W)."""
+    inside = [
+        ((torch.arange(size, device=x.device) + 0.5) / size - centre[:, None]).abs() < side / 2
+        for size, centre in zip(x.shape[2:], torch.rand(2, len(x), device=x.device), strict=True)
+    ]
+    return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
