@@ -46,8 +46,10 @@ TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]]
 }
 TABLES |= {
     "conditioners-cpu": (_of_kernels(kernel_tables.conditioners), ("conditioners-cpu",)),
-    "flows-cpu": (_of_kernels(kernel_tables.flows), ("flows-cpu",)),
-    "flows-cpu-bf16": (_of_kernels(kernel_tables.flows), ("flows-cpu-bf16",)),
+    **{
+        name: (_of_kernels(kernel_tables.flows), (name,))
+        for name in ("flows-cpu", "flows-cpu-high", "flows-cpu-bf16")
+    },
     "time-to-accuracy": (run_tables.time_to_accuracy, ("time-to-accuracy",)),
     "dispatch-cpu": (_of_kernels(step_tables.dispatch), ("dispatch-cpu",)),
 } | {

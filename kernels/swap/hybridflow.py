@@ -80,9 +80,22 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 
 def _products(x: Tensor) -> torch.dtype:
-    """The type in which convolutions of x multiply."""
+    """The type in which conv_coupling multiplies x; on a CPU its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if _is_on_gpu(x) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _native_products(a: Tensor) -> torch.dtype | None:
+    """What the conditioner of a multiplies in on a CPU: autocast's type, None for float32.
+
+    Without AMX float32 is faster than PyTorch in bfloat16, and takes its place.
+    """
+    if not torch.is_autocast_enabled(a.device.type):
+        return None
+    products = torch.get_autocast_dtype(a.device.type)
+    return None if products is torch.bfloat16 and not is_native(a, products) else products
 
 
 def _takes_products(x: Tensor) -> bool:
@@ -93,8 +106,9 @@ def _takes_products(x: Tensor) -> bool:
 
 
 def _is_ready_on_cpu(x: Tensor) -> bool:
-    """Whether conv_coupling is native and multiplies as PyTorch's settings ask: in float32 itself."""
-    return _is_eager(x) and is_native(x) and x.is_contiguous() and not parts()
+    """Whether conv_coupling is native and multiplies as PyTorch is told to, or more exactly: in float32."""
+    in_float32 = is_native(x) and _native_products(x) is None and not parts()
+    return in_float32 and x.is_contiguous()
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -130,8 +144,7 @@ def _dense_layers(coupling: Any, x: Tensor) -> _DenseLayers | None:
 
 def _params(conditioner: nn.Module, a: Tensor) -> Tensor:
     """What the conditioner makes of a: by one op where there is one for it and that is faster."""
-    device = a.device.type
-    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    products = _native_products(a)
     if a.dim() == 4 and products in (None, torch.bfloat16) and is_native(a, products):
         weights = _weights_of_one_op(conditioner, a.shape, a)
         if weights is not None:

@@ -309,14 +309,30 @@ def test_while_it_is_traced_the_step_is_not_one_op(monkeypatch):
     assert not asked
 
 
-def test_it_is_not_taken_where_the_table_says_so_or_under_autocast_without_amx(calls):
+def test_it_is_not_taken_where_the_table_says_so(calls):
     model = step()
     fuse(model)
     with _choices.using(False):
-        model(torch.randn(9, 6, 4, 4))
-    with native.load().using_tiles(None), torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(9, 6, 4, 4))
+        model(torch.randn(9, 6, 4, 4).to(memory_format=torch.channels_last))
     assert not calls
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+@pytest.mark.parametrize("direction", ("forward", "inverse"))
+def test_under_autocast_without_amx_a_fused_step_stays_float32(calls, direction):
+    model, x = step(), torch.randn(9, 6, 4, 4)
+    fuse(model)
+    want = getattr(model, direction)(x)
+    last = getattr(model, direction)(x.to(memory_format=torch.channels_last))
+    assert calls == [None]
+    with native.load().using_tiles(None), torch.autocast("cpu", torch.bfloat16):
+        got = getattr(model, direction)(x)
+        got_last = getattr(model, direction)(x.to(memory_format=torch.channels_last))
+    assert calls == [None, None]
+    for a, b in zip((*got, *got_last), (*want, *last), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+    with native.load().using_tiles(None), torch.autocast("cpu", torch.float16):
+        assert not torch.equal(getattr(model, direction)(x)[0], want[0])
 
 
 @pytest.mark.parametrize("direction", ("forward", "inverse"))
