@@ -299,18 +299,7 @@ void scatter(const Grid& grid, const Target& target, int64_t all_hidden, Range r
       const int64_t number = target.joined() ? dy : dy * size + dx;
       float* out = to + row * target.stride() + column * target.channels * kPanel;
       const float* weights = packed + number * target.weights(all_hidden);
-      for (int64_t j = 0; j < parts.count; ++j) {
-        float* panels = out + parts.begin(j) * kPanel;
-        with_constant<kTileRows>(parts.length(j), [&](auto constant) {
-          Tile<constant> tile;
-          tile.clear();
-          tile.add({weights + parts.begin(j) * all_hidden + rows.begin * constant, panel,
-                    rows.end - rows.begin});
-          tile.finish([&](Lanes sum, int64_t offset) {
-            store(load(panels + offset) + sum, panels + offset);
-          });
-        });
-      }
+      add_hidden(parts, all_hidden, rows, weights, panel, out);
     }
   }
 }
@@ -364,11 +353,10 @@ struct Forward {
     std::fill(sums, sums + target_floats(), 0.0f);
 
     const Range tiles = part_of(hidden.count, splits, split);
-    const int64_t blocks = ratio_up((tiles.end - tiles.begin) * kTileRows, kHeldRows);
+    const int64_t blocks = ratio_up(tiles.size() * kTileRows, kHeldRows);
     for (int64_t block = 0; block < blocks; ++block) {
-      Range own = part_of(tiles.end - tiles.begin, blocks, block);
-      own = {tiles.begin + own.begin, tiles.begin + own.end};
-      const Range rows{hidden.begin(own.begin), hidden.begin(own.end)};
+      const Range own = part_of(tiles, blocks, block);
+      const Range rows = held_by(own, hidden);
       for (int64_t y = grid.halo(); y < grid.halo() + grid.core(); ++y)
         for (int64_t x = 0; x < grid.width; ++x) {
           const Window window(grid, layout, staged, y, x);
@@ -412,12 +400,6 @@ struct Forward {
 };
 
 // --- backward ------------------------------------------------------------------------------------
-
-// The positions whose hidden layer is held: rows [rows.begin, rows.end) of so many staged groups.
-struct Held {
-  int64_t groups;
-  Range rows;
-};
 
 // What a gradient of weights takes products with. Of few channels, the taps of a row are seen together:
 // they are neighbours, with a margin at both ends of the row, and there are enough of them for a tile.
@@ -589,7 +571,7 @@ struct Backward {
 
     const Range tiles = part_of(hidden.count, splits, split);
     const Gradients sums = partial(chunk);
-    start({hidden.begin(tiles.begin), hidden.begin(tiles.end)}, split == 0, sums);
+    start(held_by(tiles, hidden), split == 0, sums);
     const Range groups = part_of(grid.groups, chunks, chunk);
     for (int64_t g = groups.begin; g < groups.end; g += groups_held) {
       const int64_t count = std::min(groups_held, groups.end - g);
@@ -617,11 +599,10 @@ struct Backward {
   void hold(const Held& held, Range tiles, const Seen& in, const Seen& out, float* panels,
             float* grad_panels, int64_t stride, const Gradients& sums, float* sums_in) const {
     const int64_t sum_step = grid.rows() * target.stride();
-    const int64_t blocks = ratio_up((tiles.end - tiles.begin) * kTileRows, kHeldRows);
+    const int64_t blocks = ratio_up(tiles.size() * kTileRows, kHeldRows);
     for (int64_t block = 0; block < blocks; ++block) {
-      Range own = part_of(tiles.end - tiles.begin, blocks, block);
-      own = {tiles.begin + own.begin, tiles.begin + own.end};
-      const Range rows{hidden.begin(own.begin), hidden.begin(own.end)};
+      const Range own = part_of(tiles, blocks, block);
+      const Range rows = held_by(own, hidden);
       const auto for_each_panel = [&](const auto& f) {
         int64_t panel = 0;
         for (int64_t k = 0; k < held.groups; ++k)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "native/memory.h"
+#include "native/native.h"
 #include "native/panels.h"
 
 namespace {
@@ -59,6 +60,29 @@ struct Gradients {  // of a chunk, each in the layout of what it belongs to
   float* weight2;
   float* bias2;
 };
+
+// The positions whose hidden layer is held: rows [rows.begin, rows.end) of so many staged groups.
+struct Held {
+  int64_t groups;
+  Range rows;
+};
+
+// Adds to the panels of `columns`, which are neighbours, what the hidden rows give to them; weights are packed as
+// tile of columns x hidden row x row of the tile.
+HYBRIDFLOW_INLINE void add_hidden(const Parts& columns, int64_t all_hidden, Range rows,
+                                  const float* weights, const float* panel, float* to) {
+  for (int64_t j = 0; j < columns.count; ++j) {
+    float* panels = to + columns.begin(j) * kPanel;
+    with_constant<kTileRows>(columns.length(j), [&](auto constant) {
+      Tile<constant> tile;
+      tile.clear();
+      tile.add({weights + columns.begin(j) * all_hidden + rows.begin * constant, panel, rows.size()});
+      tile.finish([&](Lanes sum, int64_t offset) {
+        store(load(panels + offset) + sum, panels + offset);
+      });
+    });
+  }
+}
 
 // Of an elementwise operation that takes as long, about; each weight is moved once or twice.
 int64_t elements(const Net& net, double flops) {

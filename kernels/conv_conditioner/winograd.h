@@ -384,18 +384,7 @@ void scatter(const Planes& planes, const Columns& columns, int64_t all_hidden, R
       if (columns.skipped(segment, y, planes.height)) continue;
       float* out = to + planes.at(p, columns.row(segment, y));
       const float* weights = packed + (p * columns.segments() + segment) * each;
-      for (int64_t j = 0; j < parts.count; ++j) {
-        float* panels = out + parts.begin(j) * kPanel;
-        with_constant<kTileRows>(parts.length(j), [&](auto constant) {
-          Tile<constant> tile;
-          tile.clear();
-          tile.add({weights + parts.begin(j) * all_hidden + rows.begin * constant, panel + p * step,
-                    rows.size()});
-          tile.finish([&](Lanes sum, int64_t offset) {
-            store(load(panels + offset) + sum, panels + offset);
-          });
-        });
-      }
+      add_hidden(parts, all_hidden, rows, weights, panel + p * step, out);
     }
 }
 
@@ -449,9 +438,8 @@ struct Forward {
     const Range tiles = part_of(hidden.count, splits, split);
     const int64_t blocks = ratio_up(tiles.size() * kTileRows, kForwardRows);
     for (int64_t block = 0; block < blocks; ++block) {
-      Range own = part_of(tiles.size(), blocks, block);
-      own = {tiles.begin + own.begin, tiles.begin + own.end};
-      const Range rows{hidden.begin(own.begin), hidden.begin(own.end)};
+      const Range own = part_of(tiles, blocks, block);
+      const Range rows = held_by(own, hidden);
       for (int64_t y = 0; y < spans.height; ++y) {
         for (int64_t t = own.begin; t < own.end; ++t) {
           const int64_t begin = hidden.begin(t);
@@ -518,12 +506,6 @@ struct Seen {
   static int64_t floats(int64_t channels, int64_t hidden) {
     return kPoints * kTaps * channels * hidden;
   }
-};
-
-// Rows [rows.begin, rows.end) of so many staged groups, whose hidden layer is held.
-struct Held {
-  int64_t groups;
-  Range rows;
 };
 
 struct Backward {
@@ -638,7 +620,7 @@ struct Backward {
     out.sums = in.sums + first();
     float* sums_bias = out.sums + second();
     const Range tiles = part_of(hidden.count, splits, split);
-    const Range own_rows{hidden.begin(tiles.begin), hidden.begin(tiles.end)};
+    const Range own_rows = held_by(tiles, hidden);
     for (int64_t place = 0; place < kPoints * kTaps * (net.inputs + net.outputs); ++place)
       std::fill_n(in.sums + place * net.hidden + own_rows.begin, own_rows.size(), 0.0f);
     std::fill_n(sums_bias + own_rows.begin, own_rows.size(), 0.0f);
@@ -657,9 +639,8 @@ struct Backward {
         find_pairs(held, out);
         const int64_t blocks = ratio_up(tiles.size() * kTileRows, kBackwardRows);
         for (int64_t block = 0; block < blocks; ++block) {
-          Range own = part_of(tiles.size(), blocks, block);
-          own = {tiles.begin + own.begin, tiles.begin + own.end};
-          const Range rows{hidden.begin(own.begin), hidden.begin(own.end)};
+          const Range own = part_of(tiles, blocks, block);
+          const Range rows = held_by(own, hidden);
           const int64_t panels_held =
               hold(held, own, in, out, panels, grad_panels, raw, raw_grad, sums_in);
           add_row_sums(grad_panels + kSumOfSpan * kStride, kPoints * kStride, panels_held,
@@ -678,7 +659,7 @@ struct Backward {
   // on to the input.
   int64_t hold(const Held& held, Range tiles, const Seen& in, const Seen& out, float* panels,
                float* grad_panels, float* raw, float* raw_grad, float* sums_in) const {
-    const Range rows{hidden.begin(tiles.begin), hidden.begin(tiles.end)};
+    const Range rows = held_by(tiles, hidden);
     int64_t panel = 0;
     for (int64_t k = 0; k < held.groups; ++k)
       for (int64_t y = held.rows.begin; y < held.rows.end; ++y, ++panel) {

@@ -37,6 +37,16 @@ inline Range part_of(int64_t size, int64_t parts, int64_t i) {
   return {i * size / parts, (i + 1) * size / parts};
 }
 
+inline Range part_of(Range whole, int64_t parts, int64_t i) {
+  const Range part = part_of(whole.size(), parts, i);
+  return {whole.begin + part.begin, whole.begin + part.end};
+}
+
+// What so many parts hold.
+inline Range held_by(Range parts, const Parts& all) {
+  return {all.begin(parts.begin), all.begin(parts.end)};
+}
+
 // f(std::integral_constant<int, rows>()) for rows in 1 .. most.
 template <int most, class F>
 inline void with_constant(int64_t rows, const F& f) {

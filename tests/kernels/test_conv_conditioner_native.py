@@ -155,6 +155,16 @@ def test_what_is_not_finite_reaches_what_depends_on_it_and_nothing_else(value):
     assert bool(got[5].isfinite().all())  # of bias2
 
 
+@pytest.mark.parametrize("shape", IN_SPANS, ids=lambda s: "-".join(map(str, s)))
+def test_whole_batches_are_multiplied_in_spans(shape):
+    """Seen by what a pixel that is not finite takes along."""
+    operands, grad = _operands(shape)
+    operands["a"][0, 0, 0, 0] = float("nan")
+    depends = _reference(operands, grad)[0].isnan()
+    spread = _native(operands, grad)[0].isnan()
+    assert bool((spread & ~depends).any()) and not bool((depends & ~spread).any())
+
+
 def test_in_spans_what_is_not_finite_may_reach_the_neighbours_that_share_a_span_and_nothing_else():
     operands, grad = _operands(IN_SPANS[0])
     operands["a"][3, 0, 4, 9] = float("inf")
