@@ -282,10 +282,10 @@ _GREY_SMALL = replace(
 )
 _MNIST_SMALL = replace(
     _GREY_SMALL,
-    steps=5000,
+    steps=8500,
     precision="bf16",
     flow=FlowConfig(couplings=8, hidden=64, last_hidden=256),
-    discriminator=replace(_GREY_SMALL.discriminator, widths=(32, 64, 128)),
+    discriminator=replace(_GREY_SMALL.discriminator, widths=(16, 32, 64)),
     terms=replace(_GREY_SMALL.terms, confidence=0.95),
     strong=replace(_GREY_SMALL.strong, cutout=0.4),
 )

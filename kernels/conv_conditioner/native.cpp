@@ -14,7 +14,7 @@
 // whose hidden layer is held at a time.
 // An item of work is a chunk of groups and a range of hidden rows. The items, and the order of every sum,
 // depend on the shape alone.
-// With rows of four positions and more, winograd.h has fewer products.
+// For most whole batches winograd.h has fewer products.
 #include <algorithm>
 
 #include "conv_conditioner/net.h"
@@ -299,7 +299,7 @@ void scatter(const Grid& grid, const Target& target, int64_t all_hidden, Range r
       const int64_t number = target.joined() ? dy : dy * size + dx;
       float* out = to + row * target.stride() + column * target.channels * kPanel;
       const float* weights = packed + number * target.weights(all_hidden);
-      add_hidden(parts, all_hidden, rows, weights, panel, out);
+      add_hidden(parts, all_hidden, rows, weights, panel, false, out);
     }
   }
 }
@@ -681,16 +681,26 @@ struct Backward {
   }
 };
 
-// Whether spans of rows need fewer products: six points and three taps of a column in place of nine taps
-// of four positions, those outside of the image not counted, and as much again for a row's transforms as
-// for one of its taps.
-bool spans_pay(const Net& net, const Grid& grid, const winograd::Spans& spans) {
-  if (net.size != winograd::kTaps || grid.width % winograd::kSpan != 0 || spans.images == 0)
+// Runs f(blocks) if products of their points, and what it takes to transform these, are fewer than the
+// products of taps, without those outside of the image.
+template <class Line, class F>
+bool in_blocks(const Net& net, const Grid& grid, const F& f) {
+  winograd::Blocks<Line> blocks(grid.samples, grid.height, grid.width);
+  if (net.size != winograd::kTaps || !blocks.fits()) return false;
+  const int64_t rows = grid.strips == 1 ? 3 * grid.height - 2 : 3 * grid.core();
+  const int64_t channels = net.inputs + net.outputs;
+  if (blocks.all_groups() * (winograd::kPoints<Line> * channels + Line::transforms) >=
+      grid.groups * rows * (3 * grid.width - 2) * channels)
     return false;
-  const int64_t inside = 3 * grid.height - 2;
-  const int64_t rows = grid.strips == 1 ? inside : 3 * grid.core();
-  return spans.groups * winograd::kPoints * (inside + grid.height) <
-         grid.groups * rows * (3 * grid.width - 2);
+  blocks.find_places();
+  f(blocks);
+  return true;
+}
+
+template <class F>
+bool in_any_blocks(const Net& net, const Grid& grid, const F& f) {
+  return in_blocks<winograd::LineOfFour>(net, grid, f) ||
+         in_blocks<winograd::LineOfTwo>(net, grid, f);
 }
 
 }  // namespace
@@ -705,9 +715,10 @@ HYBRIDFLOW_KERNEL(conv_conditioner)
   const Grid grid(samples, height, width, net.reach());
   if (grid.groups == 0) return;
   const Source source{a, inputs};
-  const winograd::Spans spans(samples, height, width);
-  if (spans_pay(net, grid, spans))
-    return winograd::Forward(net, spans, source, bias1, bias2, out).run(weight1, weight2, threads);
+  if (in_any_blocks(net, grid, [&](const auto& blocks) {
+        winograd::Forward(net, blocks, source, bias1, bias2, out).run(weight1, weight2, threads);
+      }))
+    return;
   Forward(net, grid, source, bias1, bias2, out).run(weight1, weight2, threads);
 }
 
@@ -729,9 +740,10 @@ HYBRIDFLOW_KERNEL(conv_conditioner_backward)
   const Source from_grad{grad, outputs};
   const Source source{a, inputs};
   const Gradients results{grad_weight1, grad_bias1, grad_weight2, grad_bias2};
-  const winograd::Spans spans(samples, height, width);
-  if (spans_pay(net, grid, spans))
-    return winograd::Backward(net, spans, from_grad, source, bias1, grad_in, results)
-        .run(weight1, weight2, threads);
+  if (in_any_blocks(net, grid, [&](const auto& blocks) {
+        winograd::Backward(net, blocks, from_grad, source, bias1, grad_in, results)
+            .run(weight1, weight2, threads);
+      }))
+    return;
   Backward(net, grid, from_grad, source, bias1, grad_in, results).run(weight1, weight2, threads);
 }

@@ -67,19 +67,22 @@ struct Held {
   Range rows;
 };
 
-// Adds to the panels of `columns`, which are neighbours, what the hidden rows give to them; weights are packed as
-// tile of columns x hidden row x row of the tile.
+// Adds to the panels of `columns`, which are neighbours, what the hidden rows give to them, or writes it if
+// they are `fresh`; weights are packed as tile of columns x hidden row x row of the tile.
 HYBRIDFLOW_INLINE void add_hidden(const Parts& columns, int64_t all_hidden, Range rows,
-                                  const float* weights, const float* panel, float* to) {
+                                  const float* weights, const float* panel, bool fresh, float* to) {
   for (int64_t j = 0; j < columns.count; ++j) {
     float* panels = to + columns.begin(j) * kPanel;
     with_constant<kTileRows>(columns.length(j), [&](auto constant) {
       Tile<constant> tile;
       tile.clear();
       tile.add({weights + columns.begin(j) * all_hidden + rows.begin * constant, panel, rows.size()});
-      tile.finish([&](Lanes sum, int64_t offset) {
-        store(load(panels + offset) + sum, panels + offset);
-      });
+      if (fresh)
+        tile.finish([&](Lanes sum, int64_t offset) { store(sum, panels + offset); });
+      else
+        tile.finish([&](Lanes sum, int64_t offset) {
+          store(load(panels + offset) + sum, panels + offset);
+        });
     });
   }
 }

@@ -1,19 +1,23 @@
-// The conditioner with fewer products than its convolutions have: along the rows of an image, a span of
-// positions at a time, with three taps of a row turned into points.
+// The conditioner with fewer products than its convolutions have: a block of positions at a time, with
+// points of both directions in place of the nine taps.
 //
 // Winograd's F(4, 3): polynomials of four and three coefficients have a product of six, so six products of
-// their values at six points do for the twelve of their coefficients. With G, A and B below, and for the
-// taps w of a row, hidden values h at four neighbouring positions and inputs d at these and their two neighbours:
+// their values at six points do for the twelve of their coefficients, and 36 for the 144 of a block of 4x4.
+// Of a line with two positions, outside of which there is nothing, three products do for four. With G, A and
+// B below, and for the taps w of a line, hidden values h at its positions and inputs d at these and, in a
+// longer line, at their two neighbours:
 //   gather:             h = Aᵀ (G w · Bᵀ d)
-//   scatter:            what h adds to the six = B (G w · A h)
+//   scatter:            what h adds to d = B (G w · A h)
 //   weights' gradient:  w̄ = Gᵀ (A h · Bᵀ d)
-// What has few channels is turned once, into and from planes of points; the hidden layer by Aᵀ and A, which
-// are cheap, between two products.
+// Blocks take each on both sides. What has few channels is turned once, into and from planes of points; the
+// hidden layer by Aᵀ and A, which are cheap, between two products.
 //
-// The lanes of a panel are spans: whole images, of which each row is `tiles` lanes. Panels lie as (point,
-// row, channel), with a row of zeros above and below, so that the taps of a column are neighbours.
-// An item of work is a chunk of groups of lanes and a range of hidden rows, as in native.cpp.
+// The lanes of a panel are blocks: batches of whole images, in as few groups of kPanel as they fill. Panels
+// lie as (point, channel).
+// An item of work is a chunk of batches and a range of hidden rows, as in native.cpp.
 #pragma once
+
+#include <vector>
 
 #include "conv_conditioner/net.h"
 #include "native/denormals.h"
@@ -23,688 +27,884 @@ namespace {
 
 namespace winograd {
 
-constexpr int64_t kSpan = 4, kPoints = 6, kTaps = 3;
-constexpr int64_t kForwardRows = 64;   // of the hidden layer, at a time
-constexpr int64_t kBackwardRows = 24;  // the same, held for so many rows of images
-constexpr int64_t kHeldImageRows = 16;
+constexpr int64_t kTaps = 3;
+#if defined(__AVX512F__)
+constexpr int kHiddenTile = 8;
+#else
+constexpr int kHiddenTile = 4;
+#endif
+constexpr int64_t kTilesHeld = kPanel / kHiddenTile;  // of the hidden layer: a square of a panel
+constexpr float kRoot = 1.41421356237309505f;
 
-// --- transforms ----------------------------------------------------------------------------------
+// --- along a line --------------------------------------------------------------------------------
 
-// Bᵀ d.
-inline void to_points(const Lanes* d, Lanes* points) {
-  const Lanes even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Lanes near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
-  points[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  points[1] = even + odd;
-  points[2] = even - odd;
-  points[3] = near + far;
-  points[4] = near - far;
-  points[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
+// F(4, 3) at 0, ±1/√2, ±√2 and ∞, which are off by half as much as 0, ±1, ±2 and ∞.
+struct LineOfFour {
+  static constexpr int span = 4, points = 6, margin = 1;
+  static constexpr int64_t transforms = 250;  // operations on a hidden block, for one of its products
 
-// B points: what the six positions around a span get.
-inline void from_points(const Lanes* points, Lanes* d) {
-  const Lanes sum1 = points[1] + points[2], difference1 = points[1] - points[2];
-  const Lanes sum2 = points[3] + points[4], difference2 = points[3] - points[4];
-  d[0] = 4.0f * points[0];
-  d[1] = 4.0f * points[5] - 4.0f * difference1 - 2.0f * difference2;
-  d[2] = -5.0f * points[0] - 4.0f * sum1 - sum2;
-  d[3] = -5.0f * points[5] + difference1 + 2.0f * difference2;
-  d[4] = points[0] + sum1 + sum2;
-  d[5] = points[5];
-}
+  // G.
+  static constexpr float of_taps[points][kTaps] = {
+      {1, 0, 0},
+      {-2.0f / 3, -kRoot / 3, -1.0f / 3},
+      {-2.0f / 3, kRoot / 3, -1.0f / 3},
+      {1.0f / 6, kRoot / 6, 1.0f / 3},
+      {1.0f / 6, -kRoot / 6, 1.0f / 3},
+      {0, 0, 1},
+  };
 
-// Aᵀ points: the values at a span's positions.
-inline void to_span(const Lanes* points, Lanes* h) {
-  const Lanes sum1 = points[1] + points[2], difference1 = points[1] - points[2];
-  const Lanes sum2 = points[3] + points[4], difference2 = points[3] - points[4];
-  h[0] = points[0] + sum1 + sum2;
-  h[1] = difference1 + 2.0f * difference2;
-  h[2] = sum1 + 4.0f * sum2;
-  h[3] = difference1 + 8.0f * difference2 + points[5];
-}
+  // Bᵀ d.
+  static HYBRIDFLOW_INLINE void to_points(const Lanes* d, Lanes* p) {
+    const Lanes even1 = d[4] - 2.0f * d[2], odd1 = d[3] - 2.0f * d[1];
+    const Lanes even2 = d[4] - 0.5f * d[2], odd2 = d[3] - 0.5f * d[1];
+    p[0] = d[0] - 2.5f * d[2] + d[4];
+    p[1] = even1 + kRoot / 2 * odd1;
+    p[2] = even1 - kRoot / 2 * odd1;
+    p[3] = even2 + kRoot * odd2;
+    p[4] = even2 - kRoot * odd2;
+    p[5] = d[1] - 2.5f * d[3] + d[5];
+  }
 
-// A h.
-inline void from_span(const Lanes* h, Lanes* points) {
-  const Lanes even1 = h[0] + h[2], odd1 = h[1] + h[3];
-  const Lanes even2 = h[0] + 4.0f * h[2], odd2 = 2.0f * h[1] + 8.0f * h[3];
-  points[0] = h[0];
-  points[1] = even1 + odd1;
-  points[2] = even1 - odd1;
-  points[3] = even2 + odd2;
-  points[4] = even2 - odd2;
-  points[5] = h[3];
-}
+  // B p.
+  static HYBRIDFLOW_INLINE void from_points(const Lanes* p, Lanes* d) {
+    const Lanes sum1 = p[1] + p[2], difference1 = p[1] - p[2];
+    const Lanes sum2 = p[3] + p[4], difference2 = p[3] - p[4];
+    d[0] = p[0];
+    d[1] = p[5] - kRoot * difference1 - kRoot / 2 * difference2;
+    d[2] = -2.5f * p[0] - 2.0f * sum1 - 0.5f * sum2;
+    d[3] = -2.5f * p[5] + kRoot / 2 * difference1 + kRoot * difference2;
+    d[4] = p[0] + sum1 + sum2;
+    d[5] = p[5];
+  }
 
-constexpr int64_t kSumOfSpan = 1;  // the point at which h's polynomial is the sum of its coefficients
+  // Aᵀ p.
+  static HYBRIDFLOW_INLINE void to_span(const Lanes* p, Lanes* h) {
+    const Lanes sum1 = p[1] + p[2], odd1 = kRoot / 2 * (p[1] - p[2]);
+    const Lanes sum2 = p[3] + p[4], odd2 = kRoot * (p[3] - p[4]);
+    h[0] = p[0] + sum1 + sum2;
+    h[1] = odd1 + odd2;
+    h[2] = 0.5f * sum1 + 2.0f * sum2;
+    h[3] = 0.5f * odd1 + 2.0f * odd2 + p[5];
+  }
 
-// G.
-constexpr float kWeightPoints[kPoints][kTaps] = {
-    {1.0f / 4, 0, 0},
-    {-1.0f / 6, -1.0f / 6, -1.0f / 6},
-    {-1.0f / 6, 1.0f / 6, -1.0f / 6},
-    {1.0f / 24, 1.0f / 12, 1.0f / 6},
-    {1.0f / 24, -1.0f / 12, 1.0f / 6},
-    {0, 0, 1},
+  // A h.
+  static HYBRIDFLOW_INLINE void from_span(const Lanes* h, Lanes* p) {
+    const Lanes even1 = h[0] + 0.5f * h[2], odd1 = h[1] + 0.5f * h[3];
+    const Lanes even2 = h[0] + 2.0f * h[2], odd2 = h[1] + 2.0f * h[3];
+    p[0] = h[0];
+    p[1] = even1 + kRoot / 2 * odd1;
+    p[2] = even1 - kRoot / 2 * odd1;
+    p[3] = even2 + kRoot * odd2;
+    p[4] = even2 - kRoot * odd2;
+    p[5] = h[3];
+  }
 };
+
+// The whole of a line of two positions.
+struct LineOfTwo {
+  static constexpr int span = 2, points = 3, margin = 0;
+  static constexpr int64_t transforms = 25;
+
+  static constexpr float of_taps[points][kTaps] = {{0, 1, 0}, {0, -1, 1}, {1, -1, 0}};
+
+  static HYBRIDFLOW_INLINE void to_points(const Lanes* d, Lanes* p) {
+    p[0] = d[0] + d[1];
+    p[1] = d[1];
+    p[2] = d[0];
+  }
+  static HYBRIDFLOW_INLINE void from_points(const Lanes* p, Lanes* d) {
+    d[0] = p[0] + p[2];
+    d[1] = p[0] + p[1];
+  }
+  static HYBRIDFLOW_INLINE void to_span(const Lanes* p, Lanes* h) {
+    h[0] = p[0] + p[1];
+    h[1] = p[0] + p[2];
+  }
+  static HYBRIDFLOW_INLINE void from_span(const Lanes* h, Lanes* p) {
+    p[0] = h[0] + h[1];
+    p[1] = h[0];
+    p[2] = h[1];
+  }
+};
+
+template <class Line>
+constexpr int kPositions = Line::span * Line::span;  // of a block
+template <class Line>
+constexpr int kPoints = Line::points * Line::points;
 
 // --- images to planes of points and back ---------------------------------------------------------
 
-struct Spans {
-  int64_t samples, height, width, tiles, images, groups;
+template <class Line>
+struct Blocks {
+  int64_t samples, height, width;
+  int64_t down, across;     // blocks of an image
+  int64_t images, batches;  // images of a batch
+  int64_t groups, lanes;    // of a batch, with those that stay empty
+  int64_t edge;             // lanes before and after those of a batch, for neighbours
+  std::vector<int64_t> image, place;            // of each lane: which image, and where the block begins
+  std::vector<uint32_t> left, right, above, below;  // whether there is a block next to it, as masks
 
-  Spans(int64_t samples, int64_t height, int64_t width)
+  Blocks(int64_t samples, int64_t height, int64_t width)
       : samples(samples),
         height(height),
         width(width),
-        tiles(width / kSpan),
-        images(kPanel / std::max<int64_t>(tiles, 1)),  // of a group
-        groups(images == 0 ? 0 : ratio_up(samples, images)) {}
+        down(height / Line::span),
+        across(width / Line::span),
+        images(std::max<int64_t>(1, kPanel / std::max<int64_t>(1, down * across))),
+        batches(ratio_up(samples, images)),
+        groups(ratio_up(images * down * across, kPanel)),
+        lanes(groups * kPanel),
+        edge(Scratch::rounded(across)) {}
 
-  int64_t first(int64_t group) const { return group * images; }
-  int64_t present(int64_t group) const { return std::min(images, samples - first(group)); }
+  bool fits() const {
+    if (height % Line::span != 0 || width % Line::span != 0) return false;
+    return Line::margin > 0 || (height == Line::span && width == Line::span);
+  }
+
+  void find_places() {
+    const int64_t each = down * across;
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t y = l % each / across, x = l % across;
+      const bool empty = l >= images * each;
+      const auto mask = [&](bool neighbour) { return neighbour && !empty ? ~0u : 0u; };
+      image.push_back(l / each);
+      place.push_back((y * width + x) * Line::span);
+      left.push_back(mask(x > 0));
+      right.push_back(mask(x < across - 1));
+      above.push_back(mask(y > 0));
+      below.push_back(mask(y < down - 1));
+    }
+  }
+
+  int64_t positions() const { return height * width; }
+  int64_t all_groups() const { return batches * groups; }
+  int64_t first(int64_t batch) const { return batch * images; }
+  int64_t present(int64_t batch) const {
+    return std::min(images, samples - first(batch)) * down * across;
+  }
+  int64_t stride() const { return lanes + 2 * edge; }
+  int64_t room() const {
+    constexpr int side = Line::span + 2 * Line::margin;
+    return side * (Line::span + Line::points) * stride() + 2 * edge;
+  }
 };
 
-// How the panels of a group lie: (point, margin + row + margin, channel).
+// How the panels of a group lie: (point, channel). A little more than that, for points not to lie at the
+// same place of a page.
+template <class Line>
 struct Planes {
-  int64_t height, channels;
+  int64_t channels;
 
-  int64_t plane() const { return (height + 2) * channels * kPanel; }
-  int64_t at(int64_t point, int64_t row) const {  // row is -1 ... height
-    return point * plane() + (row + 1) * channels * kPanel;
-  }
-  int64_t floats() const { return kPoints * plane(); }
+  int64_t at(int64_t point) const { return point * (channels * kPanel + 16); }
+  int64_t floats() const { return at(kPoints<Line>); }
 };
 
-// The lanes of which a neighbour is in the same row of an image, as masks.
-struct Neighbours {
-  alignas(64) uint32_t left[kPanel], right[kPanel];
-
-  explicit Neighbours(int64_t tiles) {
-    for (int64_t l = 0; l < kPanel; ++l) {
-      left[l] = l % tiles > 0 ? ~0u : 0u;
-      right[l] = l % tiles < tiles - 1 ? ~0u : 0u;
-    }
-  }
-
-  static Lanes of(Lanes value, const uint32_t* mask) {
-    BitLanes bits;
-    std::memcpy(&bits, mask, sizeof bits);
-    return (Lanes)((BitLanes)value & bits);
-  }
-};
-
-// Where the lanes' spans begin, from the first image on.
-struct Places {
-  int64_t at[kPanel];
-
-  Places(const Spans& spans, int64_t image) {
-    for (int64_t l = 0; l < kPanel; ++l) at[l] = l / spans.tiles * image + l % spans.tiles * kSpan;
-  }
-};
-
-// A row of a group's images: position i of the spans at row(i), with a lane more at both ends.
-struct ImageRow {
-  alignas(64) float values[kSpan][kPanel + 32] = {};
-
-  float* row(int64_t i) { return values[i] + 16; }
-};
-
-void stage(const Spans& spans, const Neighbours& neighbours, const Source& source,
-           const Planes& planes, int64_t group, float* to) {
-  const int64_t image = source.channels * spans.height * spans.width;
-  const int64_t lanes = spans.present(group) * spans.tiles;
-  const float* from = source.data + spans.first(group) * image;
-  for (int64_t p = 0; p < kPoints; ++p) {
-    const int64_t row = source.channels * kPanel;
-    std::fill_n(to + planes.at(p, -1), row, 0.0f);
-    std::fill_n(to + planes.at(p, spans.height), row, 0.0f);
-  }
-  const Places places(spans, image);
-  ImageRow in;
-  for (int64_t c = 0; c < source.channels; ++c)
-    for (int64_t y = 0; y < spans.height; ++y) {
-      const float* own = from + (c * spans.height + y) * spans.width;
-      int64_t lane = 0;
-      for (; lane + 4 <= lanes; lane += 4) {
-        Quad quads[4];
-        for (int64_t l = 0; l < 4; ++l) std::memcpy(quads + l, own + places.at[lane + l], sizeof(Quad));
-        transpose(quads);
-        for (int64_t i = 0; i < kSpan; ++i) std::memcpy(in.row(i) + lane, quads + i, sizeof(Quad));
-      }
-      for (; lane < lanes; ++lane)
-        for (int64_t i = 0; i < kSpan; ++i) in.row(i)[lane] = own[places.at[lane] + i];
-      for (int64_t l = 0; l < kPanel; l += kLanes) {
-        Lanes d[kPoints], points[kPoints];
-        d[0] = Neighbours::of(load(in.row(kSpan - 1) + l - 1), neighbours.left + l);
-        for (int64_t i = 0; i < kSpan; ++i) d[1 + i] = load(in.row(i) + l);
-        d[kPoints - 1] = Neighbours::of(load(in.row(0) + l + 1), neighbours.right + l);
-        to_points(d, points);
-        for (int64_t p = 0; p < kPoints; ++p)
-          store(points[p], to + planes.at(p, y) + c * kPanel + l);
-      }
-    }
+inline Lanes masked(Lanes value, const uint32_t* mask) {
+  BitLanes bits;
+  std::memcpy(&bits, mask, sizeof bits);
+  return (Lanes)((BitLanes)value & bits);
 }
 
-// to is (samples, channels, height, width).
-void unstage(const Spans& spans, const Planes& planes, const float* from, int64_t group,
-             const float* bias, float* to) {
-  const int64_t image = planes.channels * spans.height * spans.width;
-  const int64_t lanes = spans.present(group) * spans.tiles;
-  to += spans.first(group) * image;
-  const Places places(spans, image);
-  ImageRow core;
-  alignas(64) float first[kPanel], last[kPanel];  // what goes to the spans on the left and on the right
-  for (int64_t c = 0; c < planes.channels; ++c)
-    for (int64_t y = 0; y < spans.height; ++y) {
-      for (int64_t l = 0; l < kPanel; l += kLanes) {
-        Lanes points[kPoints], d[kPoints];
-        for (int64_t p = 0; p < kPoints; ++p)
-          points[p] = load(from + planes.at(p, y) + c * kPanel + l);
-        from_points(points, d);
-        const Lanes shift = every<Lanes>(bias == nullptr ? 0.0f : bias[c]);
-        store(d[0], first + l);
-        for (int64_t i = 0; i < kSpan; ++i) store(d[1 + i] + shift, core.row(i) + l);
-        store(d[kPoints - 1], last + l);
-      }
-      float* own = to + (c * spans.height + y) * spans.width;
-      int64_t lane = 0;
-      for (; lane + 4 <= lanes; lane += 4) {
+// The positions of blocks in an image's channel, four at a time: f(where they begin, number of the first).
+template <class Line, class F>
+HYBRIDFLOW_INLINE void each_four(const Blocks<Line>& blocks, const F& f) {
+  for (int64_t k = 0; k < kPositions<Line>; k += 4) f(k / 4 * blocks.width, k);
+}
+
+template <class Line>
+void stage(const Blocks<Line>& blocks, const Source& source, const Planes<Line>& planes,
+           int64_t batch, Range channels, float* room, float* to) {
+  constexpr int span = Line::span, points = Line::points, margin = Line::margin;
+  const int64_t stride = blocks.stride(), across = blocks.across, present = blocks.present(batch);
+  const int64_t plane = blocks.positions(), image = source.channels * plane;
+  float* core = room + blocks.edge;               // (row, column)
+  float* lines = core + kPositions<Line> * stride;  // (row, point)
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    const float* from = source.data + blocks.first(batch) * image + c * plane;
+    each_four(blocks, [&](int64_t offset, int64_t k) {
+      float* four = core + k * stride;
+      int64_t l = 0;
+      for (; l + 4 <= present; l += 4) {
         Quad quads[4];
-        for (int64_t i = 0; i < kSpan; ++i) std::memcpy(quads + i, core.row(i) + lane, sizeof(Quad));
+        for (int64_t i = 0; i < 4; ++i)
+          std::memcpy(quads + i, from + blocks.image[l + i] * image + blocks.place[l + i] + offset,
+                      sizeof(Quad));
         transpose(quads);
-        for (int64_t l = 0; l < 4; ++l) std::memcpy(own + places.at[lane + l], quads + l, sizeof(Quad));
+        for (int64_t i = 0; i < 4; ++i) std::memcpy(four + i * stride + l, quads + i, sizeof(Quad));
       }
-      for (; lane < lanes; ++lane)
-        for (int64_t i = 0; i < kSpan; ++i) own[places.at[lane] + i] = core.row(i)[lane];
-      for (lane = 0; lane < lanes; lane += spans.tiles) {
-        float* row = own + places.at[lane];
-        for (int64_t t = 1; t < spans.tiles; ++t) {
-          row[t * kSpan - 1] += first[lane + t];
-          row[t * kSpan] += last[lane + t - 1];
+      for (; l < blocks.lanes; ++l)
+        for (int64_t i = 0; i < 4; ++i)
+          four[i * stride + l] =
+              l < present ? from[blocks.image[l] * image + blocks.place[l] + offset + i] : 0.0f;
+    });
+    for (int64_t i = 0; i < span; ++i)
+      for (int64_t l = 0; l < blocks.lanes; l += kLanes) {
+        const float* row = core + i * span * stride + l;
+        Lanes d[span + 2 * margin], p[points];
+        for (int j = 0; j < span; ++j) d[margin + j] = load(row + j * stride);
+        if constexpr (margin > 0) {
+          d[0] = masked(load(row + (span - 1) * stride - 1), &blocks.left[l]);
+          d[span + 1] = masked(load(row + 1), &blocks.right[l]);
+        }
+        Line::to_points(d, p);
+        for (int j = 0; j < points; ++j) store(p[j], lines + (i * points + j) * stride + l);
+      }
+    for (int64_t j = 0; j < points; ++j)
+      for (int64_t l = 0; l < blocks.lanes; l += kLanes) {
+        const float* column = lines + j * stride + l;
+        Lanes d[span + 2 * margin], p[points];
+        for (int i = 0; i < span; ++i) d[margin + i] = load(column + i * points * stride);
+        if constexpr (margin > 0) {
+          d[0] = masked(load(column + (span - 1) * points * stride - across), &blocks.above[l]);
+          d[span + 1] = masked(load(column + across), &blocks.below[l]);
+        }
+        Line::to_points(d, p);
+        float* own = to + l / kPanel * planes.floats() + c * kPanel + l % kPanel;
+        for (int i = 0; i < points; ++i) store(p[i], own + planes.at(i * points + j));
+      }
+  }
+}
+
+// Of planes as one range of hidden rows gives them or, `each` apart, so many; to is (samples, channels,
+// height, width).
+template <class Line>
+void unstage(const Blocks<Line>& blocks, const Planes<Line>& planes, const float* from,
+             int64_t splits, int64_t each, int64_t batch, Range channels, const float* bias,
+             float* room, float* to) {
+  constexpr int span = Line::span, points = Line::points, margin = Line::margin;
+  constexpr int side = span + 2 * margin;
+  const int64_t stride = blocks.stride(), across = blocks.across, present = blocks.present(batch);
+  const int64_t plane = blocks.positions(), image = planes.channels * plane;
+  float* core = room + blocks.edge;            // (row, column of the block and around it)
+  float* lines = core + span * side * stride;  // (row of the block and around it, point)
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    for (int64_t j = 0; j < points; ++j)
+      for (int64_t l = 0; l < blocks.lanes; l += kLanes) {
+        const float* own = from + l / kPanel * planes.floats() + c * kPanel + l % kPanel;
+        Lanes p[points], d[side];
+        for (int i = 0; i < points; ++i) {
+          const float* sums = own + planes.at(i * points + j);
+          p[i] = load(sums);
+          for (int64_t split = 1; split < splits; ++split) p[i] += load(sums + split * each);
+        }
+        Line::from_points(p, d);
+        for (int i = 0; i < side; ++i) store(d[i], lines + (i * points + j) * stride + l);
+      }
+    for (int64_t i = 0; i < span; ++i)
+      for (int64_t l = 0; l < blocks.lanes; l += kLanes) {
+        Lanes p[points], d[side];
+        for (int j = 0; j < points; ++j) {
+          const float* column = lines + j * stride + l;
+          p[j] = load(column + (margin + i) * points * stride);
+          if constexpr (margin > 0) {
+            if (i == 0)
+              p[j] += masked(load(column + (side - 1) * points * stride - across), &blocks.above[l]);
+            if (i == span - 1) p[j] += masked(load(column + across), &blocks.below[l]);
+          }
+        }
+        Line::from_points(p, d);
+        for (int j = 0; j < side; ++j) store(d[j], core + (i * side + j) * stride + l);
+      }
+    const Lanes shift = every<Lanes>(bias == nullptr ? 0.0f : bias[c]);
+    for (int64_t i = 0; i < span; ++i)
+      for (int64_t l = 0; l < blocks.lanes; l += kLanes) {
+        float* row = core + i * side * stride + l;
+        for (int j = 0; j < span; ++j) {
+          Lanes value = load(row + (margin + j) * stride) + shift;
+          if constexpr (margin > 0) {
+            if (j == 0) value += masked(load(row + (side - 1) * stride - 1), &blocks.left[l]);
+            if (j == span - 1) value += masked(load(row + 1), &blocks.right[l]);
+          }
+          store(value, row + (margin + j) * stride);
         }
       }
-    }
+    float* own = to + blocks.first(batch) * image + c * plane;
+    each_four(blocks, [&](int64_t offset, int64_t k) {
+      const float* four[4];
+      for (int64_t i = 0; i < 4; ++i)
+        four[i] = core + ((k + i) / span * side + margin + (k + i) % span) * stride;
+      int64_t l = 0;
+      for (; l + 4 <= present; l += 4) {
+        Quad quads[4];
+        for (int64_t i = 0; i < 4; ++i) std::memcpy(quads + i, four[i] + l, sizeof(Quad));
+        transpose(quads);
+        for (int64_t i = 0; i < 4; ++i)
+          std::memcpy(own + blocks.image[l + i] * image + blocks.place[l + i] + offset, quads + i,
+                      sizeof(Quad));
+      }
+      for (; l < present; ++l)
+        for (int64_t i = 0; i < 4; ++i)
+          own[blocks.image[l] * image + blocks.place[l] + offset + i] = four[i][l];
+    });
+  }
 }
 
-// What the ranges of hidden rows give, added up, for the planes `own` of (samples, channels, positions).
-void add_splits(const float* from, int64_t splits, int64_t each, Range own, const float* bias,
-                int64_t channels, int64_t positions, float* to) {
-  for (int64_t plane = own.begin; plane < own.end; ++plane) {
-    const float shift = bias == nullptr ? 0.0f : bias[plane % channels];
-    for (int64_t i = plane * positions; i < (plane + 1) * positions; ++i) {
-      float sum = shift;
-      for (int64_t split = 0; split < splits; ++split) sum += from[split * each + i];
-      to[i] = sum;
-    }
-  }
+constexpr int64_t kStagedTogether = 16;  // channels
+
+// f(batch, channels) for all of them, by the threads of a team.
+template <class Line, class F>
+void each_part(const Blocks<Line>& blocks, int64_t channels, const F& f) {
+  const int64_t parts = ratio_up(channels, kStagedTogether);
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < blocks.batches * parts; ++i)
+    f(i / parts, part_of(channels, parts, i % parts));
 }
 
 // --- weights -------------------------------------------------------------------------------------
 
-// The columns of a scatter, or of a weights' gradient: with few channels the taps of a column are seen
-// together, and all of them as neighbours.
-struct Columns {
-  int64_t channels;
-  bool joined;
+constexpr int kWindow = kTaps * kTaps;
 
-  int64_t segments() const { return joined ? 1 : kTaps; }
-  int64_t width() const { return joined ? kTaps * channels : channels; }
-  // The row from which on a segment's columns lie, or what is no row of the image where it is skipped.
-  int64_t row(int64_t segment, int64_t y) const { return y + segment - 1; }
-  bool skipped(int64_t segment, int64_t y, int64_t height) const {
-    return !joined && (row(segment, y) < 0 || row(segment, y) >= height);
+// Taps of windows that are `step` apart, side by side.
+template <int wide>
+HYBRIDFLOW_INLINE void read_windows(const Weights& weights, const float* from, int64_t step,
+                                    int64_t count, float (*taps)[wide]) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) {
+    const float* own = from + r * step;
+    for (int64_t tap = 0; tap + 4 <= kWindow; tap += 4) {
+      Quad quads[4];
+      for (int64_t i = 0; i < 4; ++i) std::memcpy(quads + i, own + i * step + tap, sizeof(Quad));
+      transpose(quads);
+      for (int64_t i = 0; i < 4; ++i)
+        std::memcpy(taps[weights.seen(tap + i)] + r, quads + i, sizeof(Quad));
+    }
+    for (int64_t i = 0; i < 4; ++i)
+      taps[weights.seen(kWindow - 1)][r + i] = own[i * step + kWindow - 1];
   }
+  for (; r < count; ++r)
+    for (int64_t tap = 0; tap < kWindow; ++tap) taps[weights.seen(tap)][r] = from[r * step + tap];
+}
+
+// The same in the other direction.
+template <int wide>
+HYBRIDFLOW_INLINE void write_windows(const Weights& weights, const float (*taps)[wide],
+                                     int64_t step, int64_t count, float* to) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) {
+    float* own = to + r * step;
+    for (int64_t tap = 0; tap + 4 <= kWindow; tap += 4) {
+      Quad quads[4];
+      for (int64_t i = 0; i < 4; ++i)
+        std::memcpy(quads + i, taps[weights.seen(tap + i)] + r, sizeof(Quad));
+      transpose(quads);
+      for (int64_t i = 0; i < 4; ++i) std::memcpy(own + i * step + tap, quads + i, sizeof(Quad));
+    }
+    for (int64_t i = 0; i < 4; ++i)
+      own[i * step + kWindow - 1] = taps[weights.seen(kWindow - 1)][r + i];
+  }
+  for (; r < count; ++r)
+    for (int64_t tap = 0; tap < kWindow; ++tap) to[r * step + tap] = taps[weights.seen(tap)][r];
+}
+
+template <int wide>
+struct Vector {
+  typedef float type __attribute__((vector_size(wide * sizeof(float))));
 };
 
-Columns scattered(int64_t channels) { return {channels, channels < kTileRows}; }
-Columns seen_by_gradient(int64_t channels) { return {channels, channels <= 4}; }
-
-// G w for the rows of a tile; points are `step` apart.
-void write_points(const float (*taps)[kTileRows], int64_t rows, int64_t step, float* to) {
-  for (int64_t p = 0; p < kPoints; ++p) {
-    const float* g = kWeightPoints[p];
-    for (int64_t r = 0; r < rows; ++r)
-      to[p * step + r] = g[0] * taps[0][r] + g[1] * taps[1][r] + g[2] * taps[2][r];
+// G w Gᵀ of windows side by side.
+template <class Line, class V>
+HYBRIDFLOW_INLINE void taps_to_points(const V* taps, V* points) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Line::points; ++j) {
+    V lines[kTaps];
+#pragma GCC unroll 8
+    for (int dy = 0; dy < kTaps; ++dy) {
+      V sum = V{};
+#pragma GCC unroll 8
+      for (int dx = 0; dx < kTaps; ++dx)
+        if (Line::of_taps[j][dx] != 0) sum += Line::of_taps[j][dx] * taps[dy * kTaps + dx];
+      lines[dy] = sum;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Line::points; ++i) {
+      V sum = V{};
+#pragma GCC unroll 8
+      for (int dy = 0; dy < kTaps; ++dy)
+        if (Line::of_taps[i][dy] != 0) sum += Line::of_taps[i][dy] * lines[dy];
+      points[i * Line::points + j] = sum;
+    }
   }
 }
 
-// (tile of hidden rows, point, tap of a column, channel, row of the tile)
+// Gᵀ p G, points in lanes that are `step` apart.
+template <class Line>
+HYBRIDFLOW_INLINE void points_to_taps(const Lanes* points, Lanes* taps) {
+  Lanes lines[Line::points][kTaps];
+#pragma GCC unroll 8
+  for (int i = 0; i < Line::points; ++i)
+#pragma GCC unroll 8
+    for (int dx = 0; dx < kTaps; ++dx) {
+      Lanes sum = Lanes{};
+#pragma GCC unroll 8
+      for (int j = 0; j < Line::points; ++j)
+        if (Line::of_taps[j][dx] != 0) sum += Line::of_taps[j][dx] * points[i * Line::points + j];
+      lines[i][dx] = sum;
+    }
+#pragma GCC unroll 8
+  for (int dy = 0; dy < kTaps; ++dy)
+#pragma GCC unroll 8
+    for (int dx = 0; dx < kTaps; ++dx) {
+      Lanes sum = Lanes{};
+#pragma GCC unroll 8
+      for (int i = 0; i < Line::points; ++i)
+        if (Line::of_taps[i][dy] != 0) sum += Line::of_taps[i][dy] * lines[i][dx];
+      taps[dy * kTaps + dx] = sum;
+    }
+}
+
+constexpr int64_t kWindowsRead = 8;  // before their use, for what was written in parts to have arrived
+constexpr int kScatterWide = kTileRows > 8 ? 16 : 8;
+
+template <class Line, int wide>
+HYBRIDFLOW_INLINE void windows_to_points(const float (*taps)[wide],
+                                         typename Vector<wide>::type* points) {
+  typename Vector<wide>::type vectors[kWindow];
+  std::memcpy(vectors, taps, sizeof vectors);
+  taps_to_points<Line>(vectors, points);
+}
+
+// (tile of hidden rows, point, channel, row of the tile)
+template <class Line>
 void pack_gather(const Weights& weights, const Parts& hidden, int64_t tile, float* packed) {
   const int64_t begin = hidden.begin(tile), rows = hidden.length(tile);
-  const int64_t each = kTaps * weights.channels;
-  float* to = packed + begin * kPoints * each;
-  for (int64_t c = 0; c < weights.channels; ++c) {
-    float taps[kTaps * kTaps][kTileRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* from = weights.data + (begin + r) * weights.row + c * weights.channel;
-      for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) taps[weights.seen(tap)][r] = from[tap];
+  float* to = packed + begin * kPoints<Line> * weights.channels;
+  alignas(64) float taps[kWindowsRead][kWindow][kHiddenTile] = {};
+  for (int64_t first = 0; first < weights.channels; first += kWindowsRead) {
+    const int64_t count = std::min(kWindowsRead, weights.channels - first);
+    for (int64_t k = 0; k < count; ++k)
+      read_windows(weights,
+                   weights.data + begin * weights.row + (first + k) * weights.channel, weights.row,
+                   rows, taps[k]);
+    for (int64_t k = 0; k < count; ++k) {
+      Vector<kHiddenTile>::type points[kPoints<Line>];
+      windows_to_points<Line>(taps[k], points);
+      float* own = to + (first + k) * rows;
+#pragma GCC unroll 36
+      for (int p = 0; p < kPoints<Line>; ++p, own += weights.channels * rows)
+        if (rows == kHiddenTile)
+          std::memcpy(own, points + p, sizeof points[p]);
+        else
+          std::memcpy(own, points + p, static_cast<size_t>(rows) * sizeof(float));
     }
-    for (int64_t dy = 0; dy < kTaps; ++dy)
-      write_points(taps + dy * kTaps, rows, each * rows, to + (dy * weights.channels + c) * rows);
   }
 }
 
-// Of a segment and a point; not a power of two, for what is written together not to fall into one set of
-// the cache.
-int64_t scatter_floats(const Columns& columns, int64_t hidden) {
-  return columns.width() * hidden + 48;
-}
+// Of a point; not a power of two, for what is written together not to fall into one set of the cache.
+int64_t scatter_floats(int64_t channels, int64_t hidden) { return channels * hidden + 48; }
 
-// (point, segment, tile of columns, hidden row, row of the tile)
-void pack_scatter(const Weights& weights, const Columns& columns, const Parts& hidden, int64_t tile,
-                  float* packed) {
-  const Parts parts(columns.width(), kTileRows);
-  const int64_t each = scatter_floats(columns, hidden.size);
-  for (int64_t segment = 0; segment < columns.segments(); ++segment)
-    for (int64_t j = 0; j < parts.count; ++j) {
-      const int64_t rows = parts.length(j);
-      float* to = packed + segment * each + parts.begin(j) * hidden.size;
-      for (int64_t h = hidden.begin(tile); h < hidden.begin(tile + 1); ++h) {
-        float taps[kTaps][kTileRows];
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t column = parts.begin(j) + r, c = column % weights.channels;
-          const int64_t dy = columns.joined ? column / weights.channels : segment;
-          const float* from = weights.data + h * weights.row + c * weights.channel;
-          for (int64_t dx = 0; dx < kTaps; ++dx) taps[dx][r] = from[weights.seen(dy * kTaps + dx)];
-        }
-        write_points(taps, rows, columns.segments() * each, to + h * rows);
-      }
+// (point, tile of channels, hidden row, row of the tile)
+template <class Line>
+void pack_scatter(const Weights& weights, const Parts& hidden, int64_t tile, float* packed) {
+  const Parts parts(weights.channels, kTileRows);
+  const int64_t each = scatter_floats(weights.channels, hidden.size);
+  const int64_t begin = hidden.begin(tile), count = hidden.length(tile);
+  alignas(64) float taps[kHiddenTile][kWindow][kScatterWide] = {};
+  float packed_rows[kPoints<Line>][kHiddenTile * kTileRows + kScatterWide];
+  for (int64_t j = 0; j < parts.count; ++j) {
+    const int64_t rows = parts.length(j);
+    for (int64_t k = 0; k < count; ++k)
+      read_windows(weights,
+                   weights.data + (begin + k) * weights.row + parts.begin(j) * weights.channel,
+                   weights.channel, rows, taps[k]);
+    // Whole vectors, of which the next one overwrites what is too much.
+    for (int64_t k = 0; k < count; ++k) {
+      typename Vector<kScatterWide>::type points[kPoints<Line>];
+      windows_to_points<Line>(taps[k], points);
+#pragma GCC unroll 36
+      for (int p = 0; p < kPoints<Line>; ++p)
+        std::memcpy(packed_rows[p] + k * rows, points + p, sizeof points[p]);
     }
+    float* to = packed + parts.begin(j) * hidden.size + begin * rows;
+    for (int64_t p = 0; p < kPoints<Line>; ++p, to += each)
+      std::copy_n(packed_rows[p], count * rows, to);
+  }
 }
 
 // --- products ------------------------------------------------------------------------------------
 
-// Into raw, (point, row of the tile): what a tile of hidden rows sees at row y.
-template <int rows>
-HYBRIDFLOW_INLINE void gather(const Planes& planes, const float* staged, int64_t y,
-                              const float* packed, float* raw) {
-  const int64_t top = std::max<int64_t>(0, y - 1), count = std::min(planes.height, y + 2) - top;
-  const int64_t each = kTaps * planes.channels;
-  const float* weights = packed + (top - y + 1) * planes.channels * rows;
-  for (int64_t p = 0; p < kPoints; ++p) {
+constexpr int64_t kRawStep = kHiddenTile * kPanel + 16;                 // from point to point of a tile
+constexpr int64_t kHeldStep = (kTilesHeld * kHiddenTile + 3) * kPanel;  // and of the held hidden rows
+
+// Into raw, (point, row of the tile): what a tile of hidden rows sees.
+template <int rows, class Line>
+HYBRIDFLOW_INLINE void gather(const Planes<Line>& planes, const float* staged, const float* packed,
+                              float* raw) {
+  for (int64_t p = 0; p < kPoints<Line>; ++p) {
     Tile<rows> tile;
     tile.clear();
-    tile.add({weights + p * each * rows, staged + planes.at(p, top), count * planes.channels});
-    tile.finish([&](Lanes sum, int64_t offset) { store(sum, raw + p * rows * kPanel + offset); });
+    tile.add({packed + p * planes.channels * rows, staged + planes.at(p), planes.channels});
+    tile.finish([&](Lanes sum, int64_t offset) { store(sum, raw + p * kRawStep + offset); });
   }
 }
 
-HYBRIDFLOW_INLINE void load_points(const float* raw, int64_t step, Lanes* points) {
-  for (int64_t p = 0; p < kPoints; ++p) points[p] = load(raw + p * step);
+// Points of a hidden row, `step` apart, to the lines of its block: (row, point).
+template <class Line>
+HYBRIDFLOW_INLINE void to_lines(const float* from, int64_t step, Lanes* lines) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Line::points; ++j) {
+    Lanes p[Line::points], h[Line::span];
+#pragma GCC unroll 8
+    for (int i = 0; i < Line::points; ++i) p[i] = load(from + (i * Line::points + j) * step);
+    Line::to_span(p, h);
+#pragma GCC unroll 8
+    for (int i = 0; i < Line::span; ++i) lines[i * Line::points + j] = h[i];
+  }
 }
 
-HYBRIDFLOW_INLINE void store_points(const Lanes* points, int64_t step, float* to) {
-  for (int64_t p = 0; p < kPoints; ++p) store(points[p], to + p * step);
+template <class Line>
+HYBRIDFLOW_INLINE void from_lines(const Lanes* lines, int64_t step, float* to) {
+#pragma GCC unroll 8
+  for (int j = 0; j < Line::points; ++j) {
+    Lanes h[Line::span], p[Line::points];
+#pragma GCC unroll 8
+    for (int i = 0; i < Line::span; ++i) h[i] = lines[i * Line::points + j];
+    Line::from_span(h, p);
+#pragma GCC unroll 8
+    for (int i = 0; i < Line::points; ++i) store(p[i], to + (i * Line::points + j) * step);
+  }
 }
 
-// relu(first convolution), from its points to points again, `step` apart.
-HYBRIDFLOW_INLINE void hidden_points(const float* raw, int64_t rows, const float* bias, int64_t step,
-                                     float* to) {
+// relu(first convolution), from its points to points again.
+template <class Line>
+HYBRIDFLOW_INLINE void hidden_points(const float* raw, int64_t rows, const float* bias, float* to) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t l = r * kPanel; l < (r + 1) * kPanel; l += kLanes) {
-      Lanes points[kPoints], h[kSpan];
-      load_points(raw + l, rows * kPanel, points);
-      to_span(points, h);
-      for (int64_t i = 0; i < kSpan; ++i) h[i] = positive(h[i] + every<Lanes>(bias[r]));
-      from_span(h, points);
-      store_points(points, step, to + l);
-    }
-}
-
-// The same, and the points of its gradient, which is kept where the hidden layer is positive.
-HYBRIDFLOW_INLINE void hidden_gradient_points(const float* raw, const float* raw_grad, int64_t rows,
-                                              const float* bias, int64_t step, float* to,
-                                              float* to_grad) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t l = r * kPanel; l < (r + 1) * kPanel; l += kLanes) {
-      Lanes points[kPoints], h[kSpan], grad[kSpan];
-      load_points(raw + l, rows * kPanel, points);
-      to_span(points, h);
-      load_points(raw_grad + l, rows * kPanel, points);
-      to_span(points, grad);
-      for (int64_t i = 0; i < kSpan; ++i) {
-        h[i] = positive(h[i] + every<Lanes>(bias[r]));
-        grad[i] = where_positive(h[i], grad[i]);
+      Lanes lines[Line::span * Line::points];
+      to_lines<Line>(raw + l, kRawStep, lines);
+#pragma GCC unroll 8
+      for (int i = 0; i < Line::span; ++i) {
+        Lanes h[Line::span];
+        Line::to_span(lines + i * Line::points, h);
+#pragma GCC unroll 8
+        for (int j = 0; j < Line::span; ++j) h[j] = positive(h[j] + every<Lanes>(bias[r]));
+        Line::from_span(h, lines + i * Line::points);
       }
-      from_span(h, points);
-      store_points(points, step, to + l);
-      from_span(grad, points);
-      store_points(points, step, to_grad + l);
+      from_lines<Line>(lines, kHeldStep, to + l);
     }
 }
 
-// Adds what the hidden rows at row y give to the planes around it; their points are `step` apart.
-void scatter(const Planes& planes, const Columns& columns, int64_t all_hidden, Range rows,
-             const float* packed, const float* panel, int64_t step, int64_t y, float* to) {
-  const Parts parts(columns.width(), kTileRows);
-  const int64_t each = scatter_floats(columns, all_hidden);
-  for (int64_t p = 0; p < kPoints; ++p)
-    for (int64_t segment = 0; segment < columns.segments(); ++segment) {
-      if (columns.skipped(segment, y, planes.height)) continue;
-      float* out = to + planes.at(p, columns.row(segment, y));
-      const float* weights = packed + (p * columns.segments() + segment) * each;
-      add_hidden(parts, all_hidden, rows, weights, panel + p * step, out);
+// The same, and the points of its gradient, which is kept where the hidden layer is positive; sums, (row),
+// are of the gradient at all positions of a block.
+template <class Line>
+HYBRIDFLOW_INLINE void hidden_gradient_points(const float* raw, const float* raw_grad, int64_t rows,
+                                              const float* bias, float* to, float* to_grad,
+                                              float* sums) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t l = r * kPanel; l < (r + 1) * kPanel; l += kLanes) {
+      Lanes lines[Line::span * Line::points], grad_lines[Line::span * Line::points];
+      Lanes sum = load(sums + l);
+      to_lines<Line>(raw + l, kRawStep, lines);
+      to_lines<Line>(raw_grad + l, kRawStep, grad_lines);
+#pragma GCC unroll 8
+      for (int i = 0; i < Line::span; ++i) {
+        Lanes h[Line::span], grad[Line::span];
+        Line::to_span(lines + i * Line::points, h);
+        Line::to_span(grad_lines + i * Line::points, grad);
+#pragma GCC unroll 8
+        for (int j = 0; j < Line::span; ++j) {
+          h[j] = positive(h[j] + every<Lanes>(bias[r]));
+          grad[j] = where_positive(h[j], grad[j]);
+          sum += grad[j];
+        }
+        Line::from_span(h, lines + i * Line::points);
+        Line::from_span(grad, grad_lines + i * Line::points);
+      }
+      from_lines<Line>(lines, kHeldStep, to + l);
+      from_lines<Line>(grad_lines, kHeldStep, to_grad + l);
+      store(sum, sums + l);
     }
+}
+
+// Adds what the hidden rows give to a group's planes, or writes it if they are fresh.
+template <class Line>
+void scatter(const Planes<Line>& planes, int64_t all_hidden, Range rows, const float* packed,
+             const float* held, bool fresh, float* to) {
+  const Parts parts(planes.channels, kTileRows);
+  const int64_t each = scatter_floats(planes.channels, all_hidden);
+  for (int64_t p = 0; p < kPoints<Line>; ++p)
+    add_hidden(parts, all_hidden, rows, packed + p * each, held + p * kHeldStep, fresh,
+               to + planes.at(p));
+}
+
+// Multiplications and additions, those of transforms not counted.
+template <class Line>
+double products(const Net& net, const Blocks<Line>& blocks) {
+  const double units = static_cast<double>(blocks.all_groups() * kPanel * net.hidden);
+  return 2.0 * units * static_cast<double>(kPoints<Line> * (net.inputs + net.outputs));
 }
 
 // --- forward -------------------------------------------------------------------------------------
 
+template <class Line>
 struct Forward {
   Net net;
-  Spans spans;
-  Neighbours neighbours;
+  const Blocks<Line>& blocks;
   Source source;
   const float* bias1;
   const float* bias2;
   float* out;
   Parts hidden;
-  Columns columns;
+  Planes<Line> in, sums;
   int64_t splits;
   float* packed1 = nullptr;
   float* packed2 = nullptr;
-  float* partial = nullptr;
+  float* all_staged = nullptr;  // where hidden rows are split, of all batches
+  float* all_sums = nullptr;    // the same, for each split
 
-  Forward(const Net& net, const Spans& spans, const Source& source, const float* bias1,
+  Forward(const Net& net, const Blocks<Line>& blocks, const Source& source, const float* bias1,
           const float* bias2, float* out)
       : net(net),
-        spans(spans),
-        neighbours(spans.tiles),
+        blocks(blocks),
         source(source),
         bias1(bias1),
         bias2(bias2),
         out(out),
-        hidden(net.hidden, kTileRows),
-        columns(scattered(net.outputs)),
-        splits(splits_of(hidden, spans.groups, flops())) {}
+        hidden(net.hidden, kHiddenTile),
+        in{net.inputs},
+        sums{net.outputs},
+        splits(splits_of(hidden, blocks.batches, flops())) {}
 
-  double flops() const {
-    return net.flops() * static_cast<double>(spans.samples * spans.height * spans.width) / 2;
-  }
-  int64_t results() const { return spans.samples * net.outputs * spans.height * spans.width; }
+  double flops() const { return products<Line>(net, blocks); }
+  int64_t staged_floats() const { return blocks.groups * in.floats(); }  // of a batch
+  int64_t sums_floats() const { return blocks.groups * sums.floats(); }
 
-  void item(int64_t group, int64_t split) const {
-    const Planes in{spans.height, net.inputs}, sums{spans.height, net.outputs};
-    // A little more than the rows, so that points do not all lie at the same place of a page.
-    constexpr int64_t step = (kForwardRows + kTileRows + 1) * kPanel;
-    own_scratch.reserve(in.floats() + sums.floats() + kPoints * (step + kTileRows * kPanel));
-    float* staged = own_scratch.take(in.floats());
-    float* to = own_scratch.take(sums.floats());
-    float* panel = own_scratch.take(kPoints * step);
-    float* raw = own_scratch.take(kPoints * kTileRows * kPanel);
-    stage(spans, neighbours, source, in, group, staged);
-    std::fill_n(to, sums.floats(), 0.0f);
-
+  void item(int64_t batch, int64_t split) const {
+    constexpr int64_t held_floats = kPoints<Line> * kHeldStep;
+    constexpr int64_t raw_floats = kPoints<Line> * kRawStep;
+    own_scratch.reserve(Scratch::all(
+        {held_floats, raw_floats, staged_floats(), sums_floats(), blocks.room()}));
+    float* held = own_scratch.take(held_floats);
+    float* raw = own_scratch.take(raw_floats);
     const Range tiles = part_of(hidden.count, splits, split);
-    const int64_t blocks = ratio_up(tiles.size() * kTileRows, kForwardRows);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const Range own = part_of(tiles, blocks, block);
+    if (splits > 1) {
+      add_tiles(tiles, all_staged + batch * staged_floats(), held, raw,
+                all_sums + (split * blocks.batches + batch) * sums_floats());
+      return;
+    }
+    float* staged = own_scratch.take(staged_floats());
+    float* to = own_scratch.take(sums_floats());
+    float* room = own_scratch.take(blocks.room());
+    stage(blocks, source, in, batch, {0, net.inputs}, room, staged);
+    add_tiles(tiles, staged, held, raw, to);
+    unstage(blocks, sums, to, 1, 0, batch, {0, net.outputs}, bias2, room, out);
+  }
+
+  // What tiles of hidden rows give to the planes of a batch.
+  void add_tiles(Range tiles, const float* staged, float* held, float* raw, float* to) const {
+    const int64_t parts = ratio_up(tiles.size(), kTilesHeld);
+    for (int64_t part = 0; part < parts; ++part) {
+      const Range own = part_of(tiles, parts, part);
       const Range rows = held_by(own, hidden);
-      for (int64_t y = 0; y < spans.height; ++y) {
+      for (int64_t g = 0; g < blocks.groups; ++g) {
         for (int64_t t = own.begin; t < own.end; ++t) {
           const int64_t begin = hidden.begin(t);
-          with_constant<kTileRows>(hidden.length(t), [&](auto constant) {
-            gather<constant>(in, staged, y, packed1 + begin * kPoints * kTaps * net.inputs, raw);
-            hidden_points(raw, constant, bias1 + begin, step, panel + (begin - rows.begin) * kPanel);
+          with_constant<kHiddenTile>(hidden.length(t), [&](auto constant) {
+            gather<constant>(in, staged + g * in.floats(),
+                             packed1 + begin * kPoints<Line> * net.inputs, raw);
+            hidden_points<Line>(raw, constant, bias1 + begin, held + (begin - rows.begin) * kPanel);
           });
         }
-        scatter(sums, columns, net.hidden, rows, packed2, panel, step, y, to);
+        scatter(sums, net.hidden, rows, packed2, held, part == 0, to + g * sums.floats());
       }
     }
-    if (splits == 1)
-      unstage(spans, sums, to, group, bias2, out);
-    else
-      unstage(spans, sums, to, group, nullptr, partial + split * results());
   }
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
-    const int64_t first = kPoints * kTaps * net.hidden * net.inputs;
-    const int64_t second = kPoints * columns.segments() * scatter_floats(columns, net.hidden);
-    const int64_t partials = splits == 1 ? 0 : splits * results();
-    shared_scratch.reserve(Scratch::rounded(first) + Scratch::rounded(second) + partials);
+    const int64_t first = kPoints<Line> * net.hidden * net.inputs;
+    const int64_t second = kPoints<Line> * scatter_floats(net.outputs, net.hidden);
+    const int64_t shared = splits == 1 ? 0 : blocks.batches;
+    shared_scratch.reserve(Scratch::all(
+        {first, second, shared * staged_floats(), shared * splits * sums_floats()}));
     packed1 = shared_scratch.take(first);
     packed2 = shared_scratch.take(second);
-    partial = shared_scratch.take(partials);
+    all_staged = shared_scratch.take(shared * staged_floats());
+    all_sums = shared_scratch.take(shared * splits * sums_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
 #pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
       const NoDenormals no_denormals;
+      if (splits > 1)
+        each_part(blocks, net.inputs, [&](int64_t b, Range channels) {
+          own_scratch.reserve(blocks.room());
+          stage(blocks, source, in, b, channels, own_scratch.take(blocks.room()),
+                all_staged + b * staged_floats());
+        });
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
-        pack_gather(weights1, hidden, t, packed1);
-        pack_scatter(weights2, columns, hidden, t, packed2);
+        pack_gather<Line>(weights1, hidden, t, packed1);
+        pack_scatter<Line>(weights2, hidden, t, packed2);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < spans.groups * splits; ++i) item(i / splits, i % splits);
-      if (splits > 1) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < kItems; ++i)
-          add_splits(partial, splits, results(), part_of(spans.samples * net.outputs, kItems, i),
-                     bias2, net.outputs,
-                     spans.height * spans.width, out);
-      }
+      for (int64_t i = 0; i < blocks.batches * splits; ++i) item(i / splits, i % splits);
+      if (splits > 1)
+        each_part(blocks, net.outputs, [&](int64_t b, Range channels) {
+          own_scratch.reserve(blocks.room());
+          unstage(blocks, sums, all_sums + b * sums_floats(), splits,
+                  blocks.batches * sums_floats(), b, channels, bias2,
+                  own_scratch.take(blocks.room()), out);
+        });
     }
   }
 };
 
 // --- backward ------------------------------------------------------------------------------------
 
-// What a gradient of weights takes products with, and where its sums are: (point, tap of a column,
-// channel, hidden row).
-struct Seen {
-  Planes planes;
-  Columns columns;
-  float* panels = nullptr;  // staged
-  float* sums = nullptr;
-  Pair* pairs[kTaps];  // for each segment, of a held hidden panel and what it sees, at the first point
-  int64_t counts[kTaps];
-
-  Seen(int64_t height, int64_t channels)
-      : planes{height, channels}, columns(seen_by_gradient(channels)) {}
-
-  static int64_t floats(int64_t channels, int64_t hidden) {
-    return kPoints * kTaps * channels * hidden;
-  }
-};
-
+template <class Line>
 struct Backward {
   Net net;
-  Spans spans;
-  Neighbours neighbours;
+  const Blocks<Line>& blocks;
   Source grad, source;
   const float* bias1;
   float* grad_in;
   Gradients results;
   Parts hidden;
-  Columns columns;
-  int64_t groups_held, rows_held, chunks, splits;
+  Planes<Line> in, out;
+  int64_t chunks, splits;
   float* packed1 = nullptr;
   float* packed2 = nullptr;
   float* packed_in = nullptr;
-  float* partial_in = nullptr;
+  float* all_staged = nullptr;  // where hidden rows are split: in and out, of all batches
+  float* all_sums = nullptr;    // the same: of in, for each split
   float* partials = nullptr;
 
-  // A little more than the rows, so that panels do not all lie at the same place of a page.
-  static constexpr int64_t kStride = (kBackwardRows + kTileRows + 3) * kPanel;
-
-  Backward(const Net& net, const Spans& spans, const Source& grad, const Source& source,
+  Backward(const Net& net, const Blocks<Line>& blocks, const Source& grad, const Source& source,
            const float* bias1, float* grad_in, const Gradients& results)
       : net(net),
-        spans(spans),
-        neighbours(spans.tiles),
+        blocks(blocks),
         grad(grad),
         source(source),
         bias1(bias1),
         grad_in(grad_in),
         results(results),
-        hidden(net.hidden, kTileRows),
-        columns(scattered(net.inputs)),
-        groups_held(std::clamp<int64_t>(kHeldImageRows / spans.height, 1, spans.groups)),
-        rows_held(std::min(kHeldImageRows, spans.height)),
-        chunks(std::clamp<int64_t>(kPartialFloats / partial_floats(), 1,
-                                   std::min(ratio_up(spans.groups, groups_held), 2 * kItems))),
-        splits(splits_of(hidden, chunks, flops())) {}
-
-  double flops() const {
-    return net.flops() * kBackwardFlops *
-           static_cast<double>(spans.samples * spans.height * spans.width) / 2;
+        hidden(net.hidden, kHiddenTile),
+        in{net.inputs},
+        out{net.outputs},
+        chunks(1),
+        splits(1) {
+    // Many batches, with few weights, are cut into chunks of them. Otherwise ranges of hidden rows go
+    // first, since the sums of each chunk are written and read once more.
+    const int64_t most = std::min(blocks.batches, kPartialFloats / partial_floats());
+    if (most < kItems) splits = splits_of(hidden, 1, flops());
+    chunks = std::clamp<int64_t>(most, 1, ratio_up(kItems, splits));
   }
-  int64_t inputs() const { return spans.samples * net.inputs * spans.height * spans.width; }
-  int64_t first() const { return Seen::floats(net.inputs, net.hidden); }
-  int64_t second() const { return Seen::floats(net.outputs, net.hidden); }
-  int64_t partial_floats() const { return Scratch::rounded(first() + second() + net.hidden); }
 
-  // Held hidden panels lie as (group, row, point).
-  void find_pairs(const Held& held, Seen& seen) const {
-    for (int64_t segment = 0; segment < seen.columns.segments(); ++segment) {
-      int64_t panel = 0, count = 0;
-      for (int64_t k = 0; k < held.groups; ++k)
-        for (int64_t y = held.rows.begin; y < held.rows.end; ++y, panel += kPoints * kStride)
-          if (!seen.columns.skipped(segment, y, spans.height))
-            seen.pairs[segment][count++] = {
-                panel, k * seen.planes.floats() + seen.planes.at(0, seen.columns.row(segment, y))};
-      seen.counts[segment] = count;
+  double flops() const { return products<Line>(net, blocks) * kBackwardFlops; }
+  int64_t in_floats() const { return blocks.groups * in.floats(); }  // of a batch
+  int64_t out_floats() const { return blocks.groups * out.floats(); }
+  // Sums of weights' gradients lie as (point, channel, hidden row).
+  int64_t row() const { return Scratch::rounded(net.hidden); }
+  int64_t first() const { return kPoints<Line> * net.inputs * row(); }
+  int64_t second() const { return kPoints<Line> * net.outputs * row(); }
+  int64_t partial_floats() const { return first() + second() + row(); }
+
+  // sums += the products of the held hidden rows with what they see, over the lanes of a group.
+  void weight_gradients(const float* held, Range rows, const Planes<Line>& planes,
+                        const float* seen, float* transposed, bool fresh, float* sums) const {
+    const Parts columns(planes.channels, kTileRows);
+    for (int64_t p = 0; p < kPoints<Line>; ++p) {
+      transpose_panel(held + p * kHeldStep, transposed);
+      for (int64_t j = 0; j < columns.count; ++j)
+        with_constant<kTileRows>(columns.length(j), [&](auto wide) {
+          const int64_t column = columns.begin(j);
+          add_outer_products<wide>(transposed, rows.size(), seen + planes.at(p) + column * kPanel,
+                                   row(), fresh,
+                                   sums + (p * planes.channels + column) * row() + rows.begin);
+        });
     }
-  }
-
-  // sums += inner products of the hidden rows with what they see.
-  void weight_gradients(const float* panels, Range rows, const Seen& seen) const {
-    const Parts columns(seen.columns.width(), kInnerColumns);
-    const int64_t channels = seen.planes.channels;
-    for (int64_t p = 0; p < kPoints; ++p)
-      for (int64_t segment = 0; segment < seen.columns.segments(); ++segment)
-        for (int64_t j = 0; j < columns.count; ++j)
-          with_constant<kInnerColumns>(columns.length(j), [&](auto wide) {
-            constexpr int most = inner_rows(wide);
-            const Parts tiles(rows.size(), most);
-            const int64_t column = columns.begin(j);
-            int64_t places[wide];
-            for (int c = 0; c < wide; ++c)
-              places[c] = ((p * kTaps + segment) * channels + column + c) * net.hidden;
-            for (int64_t i = 0; i < tiles.count; ++i)
-              with_constant<most>(tiles.length(i), [&](auto high) {
-                const int64_t r = tiles.begin(i);
-                inner_products<high, wide>(
-                    panels + p * kStride + r * kPanel,
-                    seen.panels + p * seen.planes.plane() + column * kPanel, seen.pairs[segment],
-                    seen.counts[segment], 1, places, seen.sums + rows.begin + r);
-              });
-          });
   }
 
   void item(int64_t chunk, int64_t split) const {
-    Seen in(spans.height, net.inputs), out(spans.height, net.outputs);
-    const Planes sums{spans.height, net.inputs};
-    constexpr int64_t pair_floats = sizeof(Pair) / sizeof(float);
-    const int64_t held_panels = groups_held * rows_held;
-    const int64_t pairs_floats = 2 * kTaps * held_panels * pair_floats;
-    const int64_t panel_floats = held_panels * kPoints * kStride;
-    const int64_t raw_floats = kPoints * kTileRows * kPanel;
-    own_scratch.reserve(groups_held * (2 * in.planes.floats() + out.planes.floats()) +
-                        2 * (panel_floats + raw_floats) + Scratch::rounded(pairs_floats));
-    in.panels = own_scratch.take(groups_held * in.planes.floats());
-    out.panels = own_scratch.take(groups_held * out.planes.floats());
-    float* sums_in = own_scratch.take(groups_held * sums.floats());
-    float* panels = own_scratch.take(panel_floats);
-    float* grad_panels = own_scratch.take(panel_floats);
+    constexpr int64_t held_floats = kPoints<Line> * kHeldStep;
+    constexpr int64_t raw_floats = kPoints<Line> * kRawStep;
+    own_scratch.reserve(Scratch::all({in_floats() + out_floats(), in_floats(), blocks.room(),
+                                      held_floats, held_floats, raw_floats, raw_floats,
+                                      kPanel * kPanel, kPanel * kPanel}));
+    float* once = own_scratch.take(in_floats() + out_floats());
+    float* sums_once = own_scratch.take(in_floats());
+    float* room = own_scratch.take(blocks.room());
+    float* held = own_scratch.take(held_floats);
+    float* held_grad = own_scratch.take(held_floats);
     float* raw = own_scratch.take(raw_floats);
     float* raw_grad = own_scratch.take(raw_floats);
-    Pair* pairs = reinterpret_cast<Pair*>(own_scratch.take(pairs_floats));
-    for (int64_t tap = 0; tap < kTaps; ++tap) {
-      in.pairs[tap] = pairs + 2 * tap * held_panels;
-      out.pairs[tap] = pairs + (2 * tap + 1) * held_panels;
-    }
+    float* transposed = own_scratch.take(kPanel * kPanel);
+    float* row_sums = own_scratch.take(kPanel * kPanel);
 
-    in.sums = partials + chunk * partial_floats();
-    out.sums = in.sums + first();
-    float* sums_bias = out.sums + second();
+    float* sums1 = partials + chunk * partial_floats();
+    float* sums2 = sums1 + first();
+    float* sums_bias = sums2 + second();
     const Range tiles = part_of(hidden.count, splits, split);
-    const Range own_rows = held_by(tiles, hidden);
-    for (int64_t place = 0; place < kPoints * kTaps * (net.inputs + net.outputs); ++place)
-      std::fill_n(in.sums + place * net.hidden + own_rows.begin, own_rows.size(), 0.0f);
-    std::fill_n(sums_bias + own_rows.begin, own_rows.size(), 0.0f);
+    const Range all_rows = held_by(tiles, hidden);
+    std::fill_n(sums_bias + all_rows.begin, all_rows.size(), 0.0f);
 
-    const Range groups = part_of(spans.groups, chunks, chunk);
-    for (int64_t g = groups.begin; g < groups.end; g += groups_held) {
-      const int64_t count = std::min(groups_held, groups.end - g);
-      for (int64_t k = 0; k < count; ++k) {
-        stage(spans, neighbours, source, in.planes, g + k, in.panels + k * in.planes.floats());
-        stage(spans, neighbours, grad, out.planes, g + k, out.panels + k * out.planes.floats());
+    const Range batches = part_of(blocks.batches, chunks, chunk);
+    for (int64_t b = batches.begin; b < batches.end; ++b) {
+      float* staged = splits == 1 ? once : all_staged + b * (in_floats() + out_floats());
+      float* sums_in =
+          splits == 1 ? sums_once : all_sums + (split * blocks.batches + b) * in_floats();
+      if (splits == 1) {
+        stage(blocks, source, in, b, {0, net.inputs}, room, staged);
+        stage(blocks, grad, out, b, {0, net.outputs}, room, staged + in_floats());
       }
-      std::fill_n(sums_in, count * sums.floats(), 0.0f);
-      for (int64_t y = 0; y < spans.height; y += rows_held) {
-        const Held held{count, {y, std::min(y + rows_held, spans.height)}};
-        find_pairs(held, in);
-        find_pairs(held, out);
-        const int64_t blocks = ratio_up(tiles.size() * kTileRows, kBackwardRows);
-        for (int64_t block = 0; block < blocks; ++block) {
-          const Range own = part_of(tiles, blocks, block);
-          const Range rows = held_by(own, hidden);
-          const int64_t panels_held =
-              hold(held, own, in, out, panels, grad_panels, raw, raw_grad, sums_in);
-          add_row_sums(grad_panels + kSumOfSpan * kStride, kPoints * kStride, panels_held,
-                       rows.size(), sums_bias + rows.begin);
-          weight_gradients(panels, rows, out);
-          weight_gradients(grad_panels, rows, in);
+      const int64_t parts = ratio_up(tiles.size(), kTilesHeld);
+      for (int64_t part = 0; part < parts; ++part) {
+        const Range own = part_of(tiles, parts, part);
+        const Range rows = held_by(own, hidden);
+        std::fill_n(row_sums, rows.size() * kPanel, 0.0f);
+        for (int64_t g = 0; g < blocks.groups; ++g) {
+          const float* seen_in = staged + g * in.floats();
+          const float* seen_out = staged + in_floats() + g * out.floats();
+          const bool fresh = b == batches.begin && g == 0;
+          hold(own, seen_in, seen_out, raw, raw_grad, held, held_grad, row_sums);
+          scatter(in, net.hidden, rows, packed_in, held_grad, part == 0, sums_in + g * in.floats());
+          weight_gradients(held, rows, out, seen_out, transposed, fresh, sums2);
+          weight_gradients(held_grad, rows, in, seen_in, transposed, fresh, sums1);
         }
+        add_row_sums(row_sums, 0, 1, rows.size(), sums_bias + rows.begin);
       }
-      for (int64_t k = 0; k < count; ++k)
-        unstage(spans, sums, sums_in + k * sums.floats(), g + k, nullptr,
-                splits == 1 ? grad_in : partial_in + split * inputs());
+      if (splits == 1)
+        unstage(blocks, in, sums_in, 1, 0, b, {0, net.inputs}, nullptr, room, grad_in);
     }
   }
 
-  // The points of the hidden tiles and of their gradients at the held rows, which are counted; gradients go
-  // on to the input.
-  int64_t hold(const Held& held, Range tiles, const Seen& in, const Seen& out, float* panels,
-               float* grad_panels, float* raw, float* raw_grad, float* sums_in) const {
-    const Range rows = held_by(tiles, hidden);
-    int64_t panel = 0;
-    for (int64_t k = 0; k < held.groups; ++k)
-      for (int64_t y = held.rows.begin; y < held.rows.end; ++y, ++panel) {
-        const int64_t offset = panel * kPoints * kStride;
-        for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-          const int64_t begin = hidden.begin(t);
-          const int64_t own = offset + (begin - rows.begin) * kPanel;
-          with_constant<kTileRows>(hidden.length(t), [&](auto constant) {
-            gather<constant>(in.planes, in.panels + k * in.planes.floats(), y,
-                             packed1 + begin * kPoints * kTaps * net.inputs, raw);
-            gather<constant>(out.planes, out.panels + k * out.planes.floats(), y,
-                             packed2 + begin * kPoints * kTaps * net.outputs, raw_grad);
-            hidden_gradient_points(raw, raw_grad, constant, bias1 + begin, kStride, panels + own,
-                                   grad_panels + own);
-          });
-        }
-        scatter(in.planes, columns, net.hidden, rows, packed_in, grad_panels + offset, kStride, y,
-                sums_in + k * in.planes.floats());
-      }
-    return panel;
+  // The points of hidden tiles and of their gradients.
+  void hold(Range tiles, const float* seen_in, const float* seen_out, float* raw, float* raw_grad, float* to, float* to_grad, float* row_sums) const {
+    const int64_t first_row = hidden.begin(tiles.begin);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const int64_t begin = hidden.begin(t), at = (begin - first_row) * kPanel;
+      with_constant<kHiddenTile>(hidden.length(t), [&](auto constant) {
+        gather<constant>(in, seen_in, packed1 + begin * kPoints<Line> * net.inputs, raw);
+        gather<constant>(out, seen_out, packed2 + begin * kPoints<Line> * net.outputs, raw_grad);
+        hidden_gradient_points<Line>(raw, raw_grad, constant, bias1 + begin, to + at, to_grad + at,
+                                     row_sums + at);
+      });
+    }
   }
 
-  // Gᵀ of the sums over all chunks, for a channel of these weights.
+  // Gᵀ (the sums over all chunks) G, for a channel of these weights.
   void finish_weights(const float* sums, const Weights& weights, int64_t c, float* to) const {
-    for (int64_t dy = 0; dy < kTaps; ++dy)
-      for (int64_t h = 0; h < net.hidden; ++h) {
-        float taps[kTaps] = {};
-        for (int64_t p = 0; p < kPoints; ++p) {
-          float sum = 0;
-          const int64_t place = (p * kTaps + dy) * weights.channels + c;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            sum += sums[chunk * partial_floats() + place * net.hidden + h];
-          for (int64_t dx = 0; dx < kTaps; ++dx) taps[dx] += kWeightPoints[p][dx] * sum;
-        }
-        for (int64_t dx = 0; dx < kTaps; ++dx)
-          to[h * weights.row + c * weights.channel + weights.seen(dy * kTaps + dx)] = taps[dx];
+    for (int64_t h = 0; h < net.hidden; h += kLanes) {
+      Lanes points[kPoints<Line>], taps[kWindow];
+      for (int64_t p = 0; p < kPoints<Line>; ++p) {
+        const float* from = sums + (p * weights.channels + c) * row() + h;
+        points[p] = load(from);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+          points[p] += load(from + chunk * partial_floats());
       }
+      points_to_taps<Line>(points, taps);
+      alignas(64) float windows[kWindow][kLanes];
+      for (int64_t tap = 0; tap < kWindow; ++tap) store(taps[tap], windows[tap]);
+      write_windows(weights, windows, weights.row, std::min<int64_t>(kLanes, net.hidden - h),
+                    to + h * weights.row + c * weights.channel);
+    }
   }
 
   // The sum of a channel of the output's gradient.
   float sum_of(int64_t channel) const {
-    const int64_t plane = spans.height * spans.width;
+    const int64_t plane = blocks.positions();
     Lanes sum = Lanes{};
     float rest = 0;
-    for (int64_t s = 0; s < spans.samples; ++s) {
+    for (int64_t s = 0; s < blocks.samples; ++s) {
       const float* from = grad.data + (s * net.outputs + channel) * plane;
       int64_t i = 0;
       for (; i + kLanes <= plane; i += kLanes) sum += load(from + i);
@@ -714,36 +914,51 @@ struct Backward {
   }
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
-    const int64_t of_scatter = kPoints * columns.segments() * scatter_floats(columns, net.hidden);
-    const int64_t of_splits = splits == 1 ? 0 : splits * inputs();
-    shared_scratch.reserve(Scratch::rounded(first()) + Scratch::rounded(second()) +
-                           Scratch::rounded(of_scatter) + Scratch::rounded(of_splits) +
-                           chunks * partial_floats());
-    packed1 = shared_scratch.take(first());
-    packed2 = shared_scratch.take(second());
+    const int64_t gather1 = kPoints<Line> * net.hidden * net.inputs;
+    const int64_t gather2 = kPoints<Line> * net.hidden * net.outputs;
+    const int64_t of_scatter = kPoints<Line> * scatter_floats(net.inputs, net.hidden);
+    const int64_t shared = splits == 1 ? 0 : blocks.batches;
+    shared_scratch.reserve(Scratch::all({gather1, gather2, of_scatter,
+                                         shared * (in_floats() + out_floats()),
+                                         shared * splits * in_floats(), chunks * partial_floats()}));
+    packed1 = shared_scratch.take(gather1);
+    packed2 = shared_scratch.take(gather2);
     packed_in = shared_scratch.take(of_scatter);
-    partial_in = shared_scratch.take(of_splits);
+    all_staged = shared_scratch.take(shared * (in_floats() + out_floats()));
+    all_sums = shared_scratch.take(shared * splits * in_floats());
     partials = shared_scratch.take(chunks * partial_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
 #pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
       const NoDenormals no_denormals;
+      if (splits > 1) {
+        const auto stage_part = [&](const Source& from, const Planes<Line>& planes, int64_t b,
+                                    Range channels, int64_t place) {
+          own_scratch.reserve(blocks.room());
+          stage(blocks, from, planes, b, channels, own_scratch.take(blocks.room()),
+                all_staged + b * (in_floats() + out_floats()) + place);
+        };
+        each_part(blocks, net.inputs,
+                  [&](int64_t b, Range channels) { stage_part(source, in, b, channels, 0); });
+        each_part(blocks, net.outputs, [&](int64_t b, Range channels) {
+          stage_part(grad, out, b, channels, in_floats());
+        });
+      }
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
-        pack_gather(weights1, hidden, t, packed1);
-        pack_gather(weights2, hidden, t, packed2);
-        pack_scatter(weights1, columns, hidden, t, packed_in);
+        pack_gather<Line>(weights1, hidden, t, packed1);
+        pack_gather<Line>(weights2, hidden, t, packed2);
+        pack_scatter<Line>(weights1, hidden, t, packed_in);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < chunks * splits; ++i) item(i / splits, i % splits);
-      if (splits > 1) {
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < kItems; ++i)
-          add_splits(partial_in, splits, inputs(), part_of(spans.samples * net.inputs, kItems, i),
-                     nullptr, net.inputs,
-                     spans.height * spans.width, grad_in);
-      }
+      if (splits > 1)
+        each_part(blocks, net.inputs, [&](int64_t b, Range channels) {
+          own_scratch.reserve(blocks.room());
+          unstage(blocks, in, all_sums + b * in_floats(), splits, blocks.batches * in_floats(), b,
+                  channels, nullptr, own_scratch.take(blocks.room()), grad_in);
+        });
 #pragma omp for schedule(static) nowait
       for (int64_t c = 0; c < net.inputs; ++c)
         finish_weights(partials, weights1, c, results.weight1);

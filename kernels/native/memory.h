@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 
 namespace {
@@ -51,6 +52,13 @@ class Scratch {
   }
 
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+  // What is to be reserved for all of these to be taken.
+  static int64_t all(std::initializer_list<int64_t> parts) {
+    int64_t sum = 0;
+    for (int64_t part : parts) sum += rounded(part);
+    return sum;
+  }
 
  private:
   void* data_ = nullptr;

@@ -176,6 +176,71 @@ HYBRIDFLOW_INLINE void add_folded(const Lanes* vectors, int64_t step, float* to)
   if constexpr (most < count) add_folded<count - most>(vectors + most, step, to + most * step);
 }
 
+// Rows exchanged with lanes: the halves of ever smaller blocks change places.
+template <int half = kLanes / 2>
+HYBRIDFLOW_INLINE void transpose_lanes(Lanes* rows) {
+  if constexpr (half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i / half % 2 != 0) continue;
+      const Lanes a = rows[i], b = rows[i + half];
+      rows[i] = halves_of<half>(a, b, 0);
+      rows[i + half] = halves_of<half>(a, b, 1);
+    }
+    transpose_lanes<half / 2>(rows);
+  }
+}
+
+// The same for a panel of as many rows as it has lanes.
+inline void transpose_panel(const float* from, float* to) {
+  for (int64_t i = 0; i < kPanel; i += kLanes)
+    for (int64_t j = 0; j < kPanel; j += kLanes) {
+      Lanes rows[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) rows[r] = load(from + (i + r) * kPanel + j);
+      transpose_lanes(rows);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store(rows[r], to + (j + r) * kPanel + i);
+    }
+}
+
+// to[c * step + r] += the inner product of row c of b with row r, of which there are `rows`, of the panel
+// that was transposed; or = if the sums are `fresh`.
+template <int columns>
+inline void add_outer_products(const float* transposed, int64_t rows, const float* b, int64_t step,
+                               bool fresh, float* to) {
+  Tile<columns> tile;
+  tile.clear();
+  for (int64_t l = 0; l < kPanel; ++l) {
+    const Lanes x = load(transposed + l * kPanel), y = load(transposed + l * kPanel + kLanes);
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) {
+      const Lanes value = every<Lanes>(b[c * kPanel + l]);
+      tile.sum[c][0] += value * x;
+      tile.sum[c][1] += value * y;
+    }
+  }
+  if (rows == kPanel && fresh) {
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c)
+      for (int half = 0; half < 2; ++half)
+        store(tile.sum[c][half], to + c * step + half * kLanes);
+  } else if (rows == kPanel) {
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c)
+      for (int half = 0; half < 2; ++half) {
+        float* own = to + c * step + half * kLanes;
+        store(load(own) + tile.sum[c][half], own);
+      }
+  } else {
+    float sums[columns * kPanel];
+    tile.finish([&](Lanes sum, int64_t offset) { store(sum, sums + offset); });
+    for (int c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        to[c * step + r] = sums[c * kPanel + r] + (fresh ? 0.0f : to[c * step + r]);
+  }
+}
+
 // A pair of panels that belong together, by the offsets of their first rows.
 struct Pair {
   int64_t a, b;
