@@ -74,8 +74,8 @@ def conv_conditioner(
         params = conv(relu(conv(a, weight1) + bias1), weight2) + bias2
 
     Convolutions have stride 1 and zeros around the image, so that h and w stay. On a CPU, in float32,
-    the hidden layer stays in the cache, and the backward makes it again; batches of images whose width is
-    a multiple of four are multiplied by Winograd's F(4, 3), which is off by 1e-6 of the norm. Elsewhere,
+    the hidden layer stays in the cache, and the backward makes it again; batches of images whose sides are
+    multiples of four are multiplied by Winograd's F(4, 3), which is off by 1e-6 of the norm. Elsewhere,
     and under torch.compile, this is PyTorch's own convolutions. Differentiable once, with respect to every
     argument.
 

@@ -17,10 +17,9 @@
 // An item of work is a chunk of batches and a range of hidden rows, as in native.cpp.
 #pragma once
 
-#include <vector>
-
 #include "conv_conditioner/net.h"
 #include "native/denormals.h"
+#include "native/memory.h"
 #include "native/native.h"
 
 namespace {
@@ -141,8 +140,8 @@ struct Blocks {
   int64_t images, batches;  // images of a batch
   int64_t groups, lanes;    // of a batch, with those that stay empty
   int64_t edge;             // lanes before and after those of a batch, for neighbours
-  std::vector<int64_t> image, place;            // of each lane: which image, and where the block begins
-  std::vector<uint32_t> left, right, above, below;  // whether there is a block next to it, as masks
+  Memory<int64_t> image, place;                // of each lane: which image, and where the block begins
+  Memory<uint32_t> left, right, above, below;  // whether there is a block next to it, as masks
 
   Blocks(int64_t samples, int64_t height, int64_t width)
       : samples(samples),
@@ -154,7 +153,13 @@ struct Blocks {
         batches(ratio_up(samples, images)),
         groups(ratio_up(images * down * across, kPanel)),
         lanes(groups * kPanel),
-        edge(Scratch::rounded(across)) {}
+        edge(Scratch::rounded(across)),
+        image(lanes),
+        place(lanes),
+        left(lanes),
+        right(lanes),
+        above(lanes),
+        below(lanes) {}
 
   bool fits() const {
     if (height % Line::span != 0 || width % Line::span != 0) return false;
@@ -167,12 +172,12 @@ struct Blocks {
       const int64_t y = l % each / across, x = l % across;
       const bool empty = l >= images * each;
       const auto mask = [&](bool neighbour) { return neighbour && !empty ? ~0u : 0u; };
-      image.push_back(l / each);
-      place.push_back((y * width + x) * Line::span);
-      left.push_back(mask(x > 0));
-      right.push_back(mask(x < across - 1));
-      above.push_back(mask(y > 0));
-      below.push_back(mask(y < down - 1));
+      image[l] = l / each;
+      place[l] = (y * width + x) * Line::span;
+      left[l] = mask(x > 0);
+      right[l] = mask(x < across - 1);
+      above[l] = mask(y > 0);
+      below[l] = mask(y < down - 1);
     }
   }
 
@@ -243,8 +248,8 @@ void stage(const Blocks<Line>& blocks, const Source& source, const Planes<Line>&
         Lanes d[span + 2 * margin], p[points];
         for (int j = 0; j < span; ++j) d[margin + j] = load(row + j * stride);
         if constexpr (margin > 0) {
-          d[0] = masked(load(row + (span - 1) * stride - 1), &blocks.left[l]);
-          d[span + 1] = masked(load(row + 1), &blocks.right[l]);
+          d[0] = masked(load(row + (span - 1) * stride - 1), blocks.left + l);
+          d[span + 1] = masked(load(row + 1), blocks.right + l);
         }
         Line::to_points(d, p);
         for (int j = 0; j < points; ++j) store(p[j], lines + (i * points + j) * stride + l);
@@ -255,8 +260,8 @@ void stage(const Blocks<Line>& blocks, const Source& source, const Planes<Line>&
         Lanes d[span + 2 * margin], p[points];
         for (int i = 0; i < span; ++i) d[margin + i] = load(column + i * points * stride);
         if constexpr (margin > 0) {
-          d[0] = masked(load(column + (span - 1) * points * stride - across), &blocks.above[l]);
-          d[span + 1] = masked(load(column + across), &blocks.below[l]);
+          d[0] = masked(load(column + (span - 1) * points * stride - across), blocks.above + l);
+          d[span + 1] = masked(load(column + across), blocks.below + l);
         }
         Line::to_points(d, p);
         float* own = to + l / kPanel * planes.floats() + c * kPanel + l % kPanel;
@@ -298,8 +303,8 @@ void unstage(const Blocks<Line>& blocks, const Planes<Line>& planes, const float
           p[j] = load(column + (margin + i) * points * stride);
           if constexpr (margin > 0) {
             if (i == 0)
-              p[j] += masked(load(column + (side - 1) * points * stride - across), &blocks.above[l]);
-            if (i == span - 1) p[j] += masked(load(column + across), &blocks.below[l]);
+              p[j] += masked(load(column + (side - 1) * points * stride - across), blocks.above + l);
+            if (i == span - 1) p[j] += masked(load(column + across), blocks.below + l);
           }
         }
         Line::from_points(p, d);
@@ -312,8 +317,8 @@ void unstage(const Blocks<Line>& blocks, const Planes<Line>& planes, const float
         for (int j = 0; j < span; ++j) {
           Lanes value = load(row + (margin + j) * stride) + shift;
           if constexpr (margin > 0) {
-            if (j == 0) value += masked(load(row + (side - 1) * stride - 1), &blocks.left[l]);
-            if (j == span - 1) value += masked(load(row + 1), &blocks.right[l]);
+            if (j == 0) value += masked(load(row + (side - 1) * stride - 1), blocks.left + l);
+            if (j == span - 1) value += masked(load(row + 1), blocks.right + l);
           }
           store(value, row + (margin + j) * stride);
         }
@@ -341,7 +346,7 @@ void unstage(const Blocks<Line>& blocks, const Planes<Line>& planes, const float
 
 constexpr int64_t kStagedTogether = 16;  // channels
 
-// f(batch, channels) for all of them, by the threads of a team.
+// f(batch, channels) for all channels of all batches, by the threads of a team.
 template <class Line, class F>
 void each_part(const Blocks<Line>& blocks, int64_t channels, const F& f) {
   const int64_t parts = ratio_up(channels, kStagedTogether);
@@ -426,7 +431,7 @@ HYBRIDFLOW_INLINE void taps_to_points(const V* taps, V* points) {
   }
 }
 
-// Gᵀ p G, points in lanes that are `step` apart.
+// Gᵀ p G.
 template <class Line>
 HYBRIDFLOW_INLINE void points_to_taps(const Lanes* points, Lanes* taps) {
   Lanes lines[Line::points][kTaps];
@@ -626,11 +631,12 @@ void scatter(const Planes<Line>& planes, int64_t all_hidden, Range rows, const f
                to + planes.at(p));
 }
 
-// Multiplications and additions, those of transforms not counted.
+// Multiplications and additions.
 template <class Line>
-double products(const Net& net, const Blocks<Line>& blocks) {
+double operations(const Net& net, const Blocks<Line>& blocks) {
   const double units = static_cast<double>(blocks.all_groups() * kPanel * net.hidden);
-  return 2.0 * units * static_cast<double>(kPoints<Line> * (net.inputs + net.outputs));
+  const int64_t channels = net.inputs + net.outputs;
+  return 2.0 * units * static_cast<double>(kPoints<Line> * channels + Line::transforms);
 }
 
 // --- forward -------------------------------------------------------------------------------------
@@ -664,7 +670,7 @@ struct Forward {
         sums{net.outputs},
         splits(splits_of(hidden, blocks.batches, flops())) {}
 
-  double flops() const { return products<Line>(net, blocks); }
+  double flops() const { return operations<Line>(net, blocks); }
   int64_t staged_floats() const { return blocks.groups * in.floats(); }  // of a batch
   int64_t sums_floats() const { return blocks.groups * sums.floats(); }
 
@@ -789,7 +795,7 @@ struct Backward {
     chunks = std::clamp<int64_t>(most, 1, ratio_up(kItems, splits));
   }
 
-  double flops() const { return products<Line>(net, blocks) * kBackwardFlops; }
+  double flops() const { return operations<Line>(net, blocks) * kBackwardFlops; }
   int64_t in_floats() const { return blocks.groups * in.floats(); }  // of a batch
   int64_t out_floats() const { return blocks.groups * out.floats(); }
   // Sums of weights' gradients lie as (point, channel, hidden row).
