@@ -282,8 +282,7 @@ _GREY_SMALL = replace(
 )
 _MNIST_SMALL = replace(
     _GREY_SMALL,
-    steps=8500,
-    precision="bf16",
+    steps=6000,
     flow=FlowConfig(couplings=8, hidden=64, last_hidden=256),
     discriminator=replace(_GREY_SMALL.discriminator, widths=(16, 32, 64)),
     terms=replace(_GREY_SMALL.terms, confidence=0.95),
