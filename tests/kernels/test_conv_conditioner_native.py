@@ -117,7 +117,14 @@ def test_output_and_every_gradient_are_those_of_two_convolutions(shape):
     _check(shape, *_operands(shape))
 
 
-@pytest.mark.parametrize("shape", [(64, 4, 130, 8, 8, 8, 3), (65, 12, 512, 24, 2, 2, 3), (20, 5, 130, 8, 6, 8, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 4, 130, 8, 8, 8, 3),
+        (65, 12, 512, 24, 2, 2, 3),
+        (20, 5, 130, 8, 6, 8, 3),
+    ],
+)
 def test_results_do_not_depend_on_the_run_or_the_number_of_threads(shape):
     operands, grad = _operands(shape)
     before, runs = torch.get_num_threads(), []
@@ -176,7 +183,7 @@ def test_in_blocks_what_is_not_finite_may_reach_the_neighbours_that_share_a_bloc
     depends = _reference(operands, grad)[0].isfinite().logical_not()
     spread = _native(operands, grad)[0].isfinite().logical_not()
     assert bool((spread | ~depends).all())
-    # The pixel is seen by the hidden blocks at rows 0 to 7 and columns 8 to 11, and these by their neighbours.
+    # Hidden blocks at rows 0 to 7 and columns 8 to 11 see the pixel, and their neighbours see these.
     spread[3, :, :9, 7:13] = False
     assert not bool(spread.any())
 
