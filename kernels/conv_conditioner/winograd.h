@@ -40,7 +40,7 @@ constexpr float kRoot = 1.41421356237309505f;
 // F(4, 3) at 0, ±1/√2, ±√2 and ∞, which are off by half as much as 0, ±1, ±2 and ∞.
 struct LineOfFour {
   static constexpr int span = 4, points = 6, margin = 1;
-  static constexpr int64_t transforms = 250;  // operations on a hidden block, for one of its products
+  static constexpr int64_t transforms = 250;  // operations on a hidden block, each counted as a product
 
   // G.
   static constexpr float of_taps[points][kTaps] = {
@@ -140,7 +140,7 @@ struct Blocks {
   int64_t images, batches;  // images of a batch
   int64_t groups, lanes;    // of a batch, with those that stay empty
   int64_t edge;             // lanes before and after those of a batch, for neighbours
-  Memory<int64_t> image, place;                // of each lane: which image, and where the block begins
+  Memory<int64_t> image, place;  // of each lane: which image of the batch, and where the block begins
   Memory<uint32_t> left, right, above, below;  // whether there is a block next to it, as masks
 
   Blocks(int64_t samples, int64_t height, int64_t width)
@@ -216,13 +216,15 @@ HYBRIDFLOW_INLINE void each_four(const Blocks<Line>& blocks, const F& f) {
   for (int64_t k = 0; k < kPositions<Line>; k += 4) f(k / 4 * blocks.width, k);
 }
 
+// Makes the planes of these channels, in all groups of a batch, in `room` for lines of lanes. Lanes without a
+// block are zero.
 template <class Line>
 void stage(const Blocks<Line>& blocks, const Source& source, const Planes<Line>& planes,
            int64_t batch, Range channels, float* room, float* to) {
   constexpr int span = Line::span, points = Line::points, margin = Line::margin;
   const int64_t stride = blocks.stride(), across = blocks.across, present = blocks.present(batch);
   const int64_t plane = blocks.positions(), image = source.channels * plane;
-  float* core = room + blocks.edge;               // (row, column)
+  float* core = room + blocks.edge;                 // (row, column)
   float* lines = core + kPositions<Line> * stride;  // (row, point)
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     const float* from = source.data + blocks.first(batch) * image + c * plane;
@@ -874,7 +876,8 @@ struct Backward {
   }
 
   // The points of hidden tiles and of their gradients.
-  void hold(Range tiles, const float* seen_in, const float* seen_out, float* raw, float* raw_grad, float* to, float* to_grad, float* row_sums) const {
+  void hold(Range tiles, const float* seen_in, const float* seen_out, float* raw, float* raw_grad,
+            float* to, float* to_grad, float* row_sums) const {
     const int64_t first_row = hidden.begin(tiles.begin);
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       const int64_t begin = hidden.begin(t), at = (begin - first_row) * kPanel;
