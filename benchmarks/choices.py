@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels import commit
-from benchmarks.measuring import machine, quantiles, rounds_for
+from benchmarks.measuring import command, machine, quantiles, rounds_for
 from hybridflow.flow.coupling import FlowStep, conv_conditioner, dense_conditioner
 from hybridflow.kernels import fuse
 from hybridflow.kernels.swap import _choices
@@ -126,12 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     products = getattr(torch, args.type)
     key = _choices.device_key(args.device, products)
     section: dict[str, Any] = {
-        "command": [
-            "python",
-            "-m",
-            "benchmarks.choices",
-            *(sys.argv[1:] if argv is None else argv),
-        ],
+        "command": command("benchmarks.choices", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(args.device),

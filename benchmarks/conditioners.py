@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import RESULTS, commit
-from benchmarks.measuring import machine, quantiles, relative_errors, rounds_for, verdict
+from benchmarks.measuring import command, machine, quantiles, relative_errors, rounds_for, verdict
 from hybridflow.kernels import conv_conditioner, native
 from hybridflow.precision import arithmetic
 
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += [row | {"matmul_gflop_s": rate} for row in measured]
         print(shape, {row["variant"]: row["us"][1] for row in measured}, flush=True)
     results = {
-        "command": ["python", "-m", "benchmarks.conditioners", *(argv or sys.argv[1:])],
+        "command": command("benchmarks.conditioners", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": before,
         "machine": machine(torch.device("cpu")),

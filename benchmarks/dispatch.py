@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import RESULTS, commit
-from benchmarks.measuring import in_turns, machine, times
+from benchmarks.measuring import command, in_turns, machine, times
 from benchmarks.step import build_step
 from benchmarks.workloads import FLOWS
 from hybridflow.phases import PhaseClock
@@ -55,12 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=RESULTS / "dispatch-cpu.json")
     args = parser.parse_args(argv)
     results = {
-        "command": [
-            "python",
-            "-m",
-            "benchmarks.dispatch",
-            *(sys.argv[1:] if argv is None else argv),
-        ],
+        "command": command("benchmarks.dispatch", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(_CPU),

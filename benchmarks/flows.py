@@ -7,7 +7,6 @@ one run. Exit status: 0 if every variant was right.
 
 import argparse
 import copy
-import functools
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.conditioners import matmul_rate
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import (
+    command,
     in_turns,
     machine,
     peak_bytes,
@@ -71,22 +71,35 @@ def _flow(workload: Workload) -> MultiScaleFlow:
     return flow
 
 
-def _results(task: str, flow: nn.Module, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the task computes: outputs, and where it has a backward the gradients, end to end."""
-    names = ("x",) if task == "likelihood" else ("z_k", "z_n")
-    inputs = [operands[name].detach().requires_grad_() for name in names]
-    with torch.set_grad_enabled(task != "sampling"):
-        out = flow(*inputs) if task == "likelihood" else (flow(*inputs),)
-    results = {f"output {i}": t.detach() for i, t in enumerate(out)}
-    if task == "sampling":
-        return results
-    weights = [operands[f"{task} {i}"].to(t) for i, t in enumerate(out)]
-    parameters = dict(flow.named_parameters())
-    grads = torch.autograd.grad(out, [*inputs, *parameters.values()], weights)
-    kinds: dict[str, list[Tensor]] = {}
-    for name, grad in zip((*names, *parameters), grads, strict=True):
-        kinds.setdefault(".".join(name.split(".")[-2:]), []).append(grad.flatten())
-    return results | {f"gradient of {k}": torch.cat(g) for k, g in kinds.items()}
+class _Pass:
+    """A task of a flow. What a call does is measured: the outputs, and where there is a backward the
+    gradients, as autograd gives them."""
+
+    def __init__(self, task: str, flow: nn.Module, operands: Mapping[str, Tensor]) -> None:
+        names = ("x",) if task == "likelihood" else ("z_k", "z_n")
+        self._flow = flow
+        self._inputs = {name: operands[name].detach().requires_grad_() for name in names}
+        self._of = self._inputs | dict(flow.named_parameters())  # what has a gradient
+        self._weights = [v for name, v in operands.items() if name.rpartition(" ")[0] == task]
+
+    def __call__(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        with torch.set_grad_enabled(bool(self._weights)):
+            out = self._flow(*self._inputs.values())
+        out = out if isinstance(out, tuple) else (out,)
+        if not self._weights:
+            return out, ()
+        weights = [weight.to(t) for weight, t in zip(self._weights, out, strict=True)]
+        return out, torch.autograd.grad(out, list(self._of.values()), weights)
+
+    def results(self, outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By name, gradients of parameters of one kind end to end."""
+        kinds: dict[str, list[Tensor]] = {}
+        if grads:
+            for name, grad in zip(self._of, grads, strict=True):
+                kinds.setdefault(".".join(name.split(".")[-2:]), []).append(grad.flatten())
+        return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {
+            f"gradient of {kind}": torch.cat(parts) for kind, parts in kinds.items()
+        }
 
 
 def _precision_of(variant: str, precision: Precision) -> Precision:
@@ -169,20 +182,22 @@ def measure_flow(
     errors: dict[str, dict[str, float]] = {}
     for seed in range(1 if task == "sampling" else _DRAWS):
         operands = _operands(workload, flow, seed)
-        exact = _results(task, double, {k: v.double() for k, v in operands.items()})
+        wide = _Pass(task, double, {k: v.double() for k, v in operands.items()})
+        exact = wide.results(*wide())
         given = {"eager, channels-last": _channels_last(operands)}
+        passes = {
+            name: _Pass(task, module, given.get(name, operands)) for name, module in modules.items()
+        }
         calls: dict[str, Call] = {
-            name: functools.partial(
-                arithmetic(_precision_of(name, precision), _CPU)(_results),
-                *(task, module, given.get(name, operands)),
-            )
-            for name, module in modules.items()
+            name: arithmetic(_precision_of(name, precision), _CPU)(one.__call__)
+            for name, one in passes.items()
         }
         for name, call in calls.items():
             start = time.perf_counter()
-            found = _errors(call(), exact)
+            got = call()
             if seed == 0 and name == "compile":
                 compile_seconds = round(time.perf_counter() - start)
+            found = _errors(passes[name].results(*got), exact)
             errors[name] = min(errors.get(name, found), found, key=lambda e: max(e.values()))
     peaks = {} if task == "sampling" else {n: peak_bytes(c, _CPU) for n, c in calls.items()}
     rows, flops = [], workload.flops(task)
@@ -256,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: list[Row] = []
     results = {
-        "command": ["python", "-m", "benchmarks.flows", *(sys.argv[1:] if argv is None else argv)],
+        "command": command("benchmarks.flows", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(_CPU),

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measuring import quantiles
+from benchmarks.measuring import command, quantiles
 
 __all__ = ["commit", "condense", "main", "speed_up"]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others > _QUIET_OTHERS:
         print(f"warning: others took {others:.0%} of the processor time", file=sys.stderr)
     header = {
-        "command": ["python", "-m", "benchmarks.kernels", *(argv or sys.argv[1:])],
+        "command": command("benchmarks.kernels", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "quick": args.quick,

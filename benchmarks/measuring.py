@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ __all__ = [
     "calls_in_one",
     "calls_in_turn",
     "captured",
+    "command",
     "copy_call",
     "in_turns",
     "machine",
@@ -169,6 +171,15 @@ def several(call: Callable[[], Any], device: torch.device) -> Callable[[], None]
 def calls_in_one(device: torch.device) -> int:
     """How many calls `several` makes."""
     return 10 if device.type == "cuda" else 1
+
+
+def command(module: str, argv: Sequence[str] | None) -> list[str]:
+    """The command that makes a results file, without where it was written to; argv None: this process's."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return ["python", "-m", module, *(a for a in arguments if not a.startswith("--out="))]
 
 
 def in_turns(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import (
     calls_in_one,
+    command,
     in_turns,
     machine,
     peak_bytes,
@@ -238,12 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _limit_memory()
     rows: list[Row] = []
     results: Row = {
-        "command": [
-            "python",
-            "-m",
-            "benchmarks.scaling",
-            *(sys.argv[1:] if argv is None else argv),
-        ],
+        "command": command("benchmarks.scaling", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(device),

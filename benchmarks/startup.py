@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import RESULTS, ROOT, commit
-from benchmarks.measuring import machine
+from benchmarks.measuring import command, machine
 from hybridflow.config import PRESETS
 from hybridflow.run import RunFolder
 
@@ -132,12 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = [] if args.data_dir is None else ["--data-dir", str(args.data_dir.resolve())]
     common = ["--preset", args.preset, "--device", args.device, *data]
     results: dict[str, Any] = {
-        "command": [
-            "python",
-            "-m",
-            "benchmarks.startup",
-            *(sys.argv[1:] if argv is None else argv),
-        ],
+        "command": command("benchmarks.startup", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(torch.device(args.device)),

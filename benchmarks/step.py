@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.kernels import RESULTS, commit
 from benchmarks.measuring import (
     calls_in_one,
+    command,
     in_turns,
     machine,
     peak_bytes,
@@ -331,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     missing: list[Row] = []
     results: Row = {
-        "command": ["python", "-m", "benchmarks.step", *(sys.argv[1:] if argv is None else argv)],
+        "command": command("benchmarks.step", argv),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(device),

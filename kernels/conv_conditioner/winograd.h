@@ -12,8 +12,9 @@
 // Blocks take each on both sides. What has few channels is turned once, into and from planes of points; the
 // hidden layer by Aᵀ and A, which are cheap, between two products.
 //
-// The lanes of a panel are blocks: batches of whole images, in as few groups of kPanel as they fill. Panels
-// lie as (point, channel).
+// Blocks come in batches of whole images, in as few groups of kPanel as they fill. What has few channels lies
+// as (point, channel, block). So does the hidden layer of the forward; that of the backward lies as (point,
+// block, hidden row), in panels of hidden rows, of which the weights' gradients are sums of outer products.
 // An item of work is a chunk of batches and a range of hidden rows, as in native.cpp.
 #pragma once
 
@@ -27,12 +28,13 @@ namespace {
 namespace winograd {
 
 constexpr int64_t kTaps = 3;
+// Rows of a panel whose points are made at a time: hidden rows in the forward, blocks in the backward.
 #if defined(__AVX512F__)
-constexpr int kHiddenTile = 8;
+constexpr int kRawRows = 8;
 #else
-constexpr int kHiddenTile = 4;
+constexpr int kRawRows = 4;
 #endif
-constexpr int64_t kTilesHeld = kPanel / kHiddenTile;  // of the hidden layer: a square of a panel
+constexpr int64_t kTilesHeld = kPanel / kRawRows;
 constexpr float kRoot = 1.41421356237309505f;
 
 // --- along a line --------------------------------------------------------------------------------
@@ -470,28 +472,27 @@ HYBRIDFLOW_INLINE void windows_to_points(const float (*taps)[wide],
   taps_to_points<Line>(vectors, points);
 }
 
-// (tile of hidden rows, point, channel, row of the tile)
-template <class Line>
-void pack_gather(const Weights& weights, const Parts& hidden, int64_t tile, float* packed) {
-  const int64_t begin = hidden.begin(tile), rows = hidden.length(tile);
-  float* to = packed + begin * kPoints<Line> * weights.channels;
-  alignas(64) float taps[kWindowsRead][kWindow][kHiddenTile] = {};
+// Of at most `wide` hidden rows: to[(point, channel) * step + row]. If there is room for so many between one
+// channel and the next, those that are missing are zero.
+template <class Line, int wide>
+void pack_gather(const Weights& weights, Range rows, int64_t step, float* to) {
+  alignas(64) float taps[kWindowsRead][kWindow][wide] = {};
   for (int64_t first = 0; first < weights.channels; first += kWindowsRead) {
     const int64_t count = std::min(kWindowsRead, weights.channels - first);
     for (int64_t k = 0; k < count; ++k)
       read_windows(weights,
-                   weights.data + begin * weights.row + (first + k) * weights.channel, weights.row,
-                   rows, taps[k]);
+                   weights.data + rows.begin * weights.row + (first + k) * weights.channel,
+                   weights.row, rows.size(), taps[k]);
     for (int64_t k = 0; k < count; ++k) {
-      Vector<kHiddenTile>::type points[kPoints<Line>];
+      typename Vector<wide>::type points[kPoints<Line>];
       windows_to_points<Line>(taps[k], points);
-      float* own = to + (first + k) * rows;
+      float* own = to + (first + k) * step;
 #pragma GCC unroll 36
-      for (int p = 0; p < kPoints<Line>; ++p, own += weights.channels * rows)
-        if (rows == kHiddenTile)
+      for (int p = 0; p < kPoints<Line>; ++p, own += weights.channels * step)
+        if (step >= wide)
           std::memcpy(own, points + p, sizeof points[p]);
         else
-          std::memcpy(own, points + p, static_cast<size_t>(rows) * sizeof(float));
+          std::memcpy(own, points + p, static_cast<size_t>(step) * sizeof(float));
     }
   }
 }
@@ -499,38 +500,40 @@ void pack_gather(const Weights& weights, const Parts& hidden, int64_t tile, floa
 // Of a point; not a power of two, for what is written together not to fall into one set of the cache.
 int64_t scatter_floats(int64_t channels, int64_t hidden) { return channels * hidden + 48; }
 
-// (point, tile of channels, hidden row, row of the tile)
-template <class Line>
-void pack_scatter(const Weights& weights, const Parts& hidden, int64_t tile, float* packed) {
-  const Parts parts(weights.channels, kTileRows);
-  const int64_t each = scatter_floats(weights.channels, hidden.size);
-  const int64_t begin = hidden.begin(tile), count = hidden.length(tile);
-  alignas(64) float taps[kHiddenTile][kWindow][kScatterWide] = {};
-  float packed_rows[kPoints<Line>][kHiddenTile * kTileRows + kScatterWide];
-  for (int64_t j = 0; j < parts.count; ++j) {
-    const int64_t rows = parts.length(j);
-    for (int64_t k = 0; k < count; ++k)
-      read_windows(weights,
-                   weights.data + (begin + k) * weights.row + parts.begin(j) * weights.channel,
-                   weights.channel, rows, taps[k]);
-    // Whole vectors, of which the next one overwrites what is too much.
-    for (int64_t k = 0; k < count; ++k) {
-      typename Vector<kScatterWide>::type points[kPoints<Line>];
-      windows_to_points<Line>(taps[k], points);
+// For at most kRawRows of all hidden rows: (point, tile of channels, hidden row, channel), a point `each` apart.
+// each_tile(f) calls f(channels, numbers that each row takes, at most `most`) for all tiles.
+template <class Line, int64_t most, class EachTile>
+void pack_scatter(const Weights& weights, const EachTile& each_tile, int64_t all_hidden, Range rows,
+                  int64_t each, float* packed) {
+  alignas(64) float taps[kRawRows][kWindow][kScatterWide] = {};
+  float packed_rows[kPoints<Line>][kRawRows * most + kScatterWide];
+  each_tile([&](Range channels, int64_t wide) {
+    for (int64_t first = 0; first < channels.size(); first += kScatterWide) {
+      const int64_t channel = channels.begin + first;
+      const int64_t count = std::min<int64_t>(kScatterWide, channels.end - channel);
+      for (int64_t k = 0; k < rows.size(); ++k)
+        read_windows(weights,
+                     weights.data + (rows.begin + k) * weights.row + channel * weights.channel,
+                     weights.channel, count, taps[k]);
+      // Whole vectors, of which the next one overwrites what is too much.
+      for (int64_t k = 0; k < rows.size(); ++k) {
+        typename Vector<kScatterWide>::type points[kPoints<Line>];
+        windows_to_points<Line>(taps[k], points);
 #pragma GCC unroll 36
-      for (int p = 0; p < kPoints<Line>; ++p)
-        std::memcpy(packed_rows[p] + k * rows, points + p, sizeof points[p]);
+        for (int p = 0; p < kPoints<Line>; ++p)
+          std::memcpy(packed_rows[p] + k * wide + first, points + p, sizeof points[p]);
+      }
     }
-    float* to = packed + parts.begin(j) * hidden.size + begin * rows;
+    float* to = packed + channels.begin * all_hidden + rows.begin * wide;
     for (int64_t p = 0; p < kPoints<Line>; ++p, to += each)
-      std::copy_n(packed_rows[p], count * rows, to);
-  }
+      std::copy_n(packed_rows[p], rows.size() * wide, to);
+  });
 }
 
 // --- products ------------------------------------------------------------------------------------
 
-constexpr int64_t kRawStep = kHiddenTile * kPanel + 16;                 // from point to point of a tile
-constexpr int64_t kHeldStep = (kTilesHeld * kHiddenTile + 3) * kPanel;  // and of the held hidden rows
+constexpr int64_t kRawStep = kRawRows * kPanel + 16;  // from point to point of a tile
+constexpr int64_t kHeldStep = (kPanel + 3) * kPanel;  // and of the hidden layer that is held
 
 // Into raw, (point, row of the tile): what a tile of hidden rows sees.
 template <int rows, class Line>
@@ -571,55 +574,68 @@ HYBRIDFLOW_INLINE void from_lines(const Lanes* lines, int64_t step, float* to) {
   }
 }
 
-// relu(first convolution), from its points to points again.
-template <class Line>
-HYBRIDFLOW_INLINE void hidden_points(const float* raw, int64_t rows, const float* bias, float* to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t l = r * kPanel; l < (r + 1) * kPanel; l += kLanes) {
-      Lanes lines[Line::span * Line::points];
-      to_lines<Line>(raw + l, kRawStep, lines);
+// Raw points to the block's positions, and what f(position, value) makes of these to points.
+template <class Line, class F>
+HYBRIDFLOW_INLINE void at_positions(const float* raw, float* to, const F& f) {
+  Lanes lines[Line::span * Line::points];
+  to_lines<Line>(raw, kRawStep, lines);
 #pragma GCC unroll 8
-      for (int i = 0; i < Line::span; ++i) {
-        Lanes h[Line::span];
-        Line::to_span(lines + i * Line::points, h);
+  for (int i = 0; i < Line::span; ++i) {
+    Lanes h[Line::span];
+    Line::to_span(lines + i * Line::points, h);
 #pragma GCC unroll 8
-        for (int j = 0; j < Line::span; ++j) h[j] = positive(h[j] + every<Lanes>(bias[r]));
-        Line::from_span(h, lines + i * Line::points);
-      }
-      from_lines<Line>(lines, kHeldStep, to + l);
-    }
+    for (int j = 0; j < Line::span; ++j) h[j] = f(i * Line::span + j, h[j]);
+    Line::from_span(h, lines + i * Line::points);
+  }
+  from_lines<Line>(lines, kHeldStep, to);
 }
 
-// The same, and the points of its gradient, which is kept where the hidden layer is positive; sums, (row),
-// are of the gradient at all positions of a block.
+// The points of relu(first convolution) in a tile of hidden rows.
 template <class Line>
-HYBRIDFLOW_INLINE void hidden_gradient_points(const float* raw, const float* raw_grad, int64_t rows,
-                                              const float* bias, float* to, float* to_grad,
-                                              float* sums) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t l = r * kPanel; l < (r + 1) * kPanel; l += kLanes) {
-      Lanes lines[Line::span * Line::points], grad_lines[Line::span * Line::points];
-      Lanes sum = load(sums + l);
-      to_lines<Line>(raw + l, kRawStep, lines);
-      to_lines<Line>(raw_grad + l, kRawStep, grad_lines);
-#pragma GCC unroll 8
-      for (int i = 0; i < Line::span; ++i) {
-        Lanes h[Line::span], grad[Line::span];
-        Line::to_span(lines + i * Line::points, h);
-        Line::to_span(grad_lines + i * Line::points, grad);
-#pragma GCC unroll 8
-        for (int j = 0; j < Line::span; ++j) {
-          h[j] = positive(h[j] + every<Lanes>(bias[r]));
-          grad[j] = where_positive(h[j], grad[j]);
-          sum += grad[j];
-        }
-        Line::from_span(h, lines + i * Line::points);
-        Line::from_span(grad, grad_lines + i * Line::points);
-      }
-      from_lines<Line>(lines, kHeldStep, to + l);
-      from_lines<Line>(grad_lines, kHeldStep, to_grad + l);
-      store(sum, sums + l);
-    }
+HYBRIDFLOW_INLINE void hidden_points(const float* raw, int64_t rows, const float* bias, float* to) {
+  for (int64_t l = 0; l < rows * kPanel; l += kLanes) {
+    const Lanes shift = every<Lanes>(bias[l / kPanel]);
+    at_positions<Line>(raw + l, to + l, [&](int, Lanes h) { return positive(h + shift); });
+  }
+}
+
+// Into raw, (point, block of the tile, hidden row): what the hidden rows of a panel see of kRawRows blocks.
+template <class Line>
+HYBRIDFLOW_INLINE void gather_panel(const Planes<Line>& planes, const float* staged,
+                                    const float* packed, float* raw) {
+  for (int64_t p = 0; p < kPoints<Line>; ++p) {
+    Tile<kRawRows> tile;
+    tile.clear();
+    tile.add({staged + planes.at(p), packed + p * planes.channels * kPanel, planes.channels}, kPanel);
+    tile.finish([&](Lanes sum, int64_t offset) { store(sum, raw + p * kRawStep + offset); });
+  }
+}
+
+// The points of relu(first convolution) for a panel of hidden rows in kRawRows blocks; values, (block, half of
+// the panel, position), are its own.
+template <class Line>
+HYBRIDFLOW_INLINE void hidden_panel_points(const float* raw, const float* bias, float* to,
+                                           Lanes* values) {
+  for (int64_t l = 0; l < kRawRows * kPanel; l += kLanes, values += kPositions<Line>) {
+    const Lanes shift = load(bias + l % kPanel);
+    at_positions<Line>(raw + l, to + l,
+                       [&](int k, Lanes h) { return values[k] = positive(h + shift); });
+  }
+}
+
+// The same for its gradient, which is kept where the values are positive; sums, (hidden row), are of that.
+template <class Line>
+HYBRIDFLOW_INLINE void gradient_panel_points(const float* raw, const Lanes* values, float* to,
+                                             float* sums) {
+  for (int64_t l = 0; l < kRawRows * kPanel; l += kLanes, values += kPositions<Line>) {
+    Lanes sum = load(sums + l % kPanel);
+    at_positions<Line>(raw + l, to + l, [&](int k, Lanes grad) {
+      const Lanes kept = where_positive(values[k], grad);
+      sum += kept;
+      return kept;
+    });
+    store(sum, sums + l % kPanel);
+  }
 }
 
 // Adds what the hidden rows give to a group's planes, or writes it if they are fresh.
@@ -631,6 +647,119 @@ void scatter(const Planes<Line>& planes, int64_t all_hidden, Range rows, const f
   for (int64_t p = 0; p < kPoints<Line>; ++p)
     add_hidden(parts, all_hidden, rows, packed + p * each, held + p * kHeldStep, fresh,
                to + planes.at(p));
+}
+
+// Of n channels that are left, how many lie side by side: as many as two registers have lanes, or one, or half
+// of one, with room for those that are missing.
+constexpr int64_t kLeastWide = 4;
+inline int64_t wide_of(int64_t n) {
+  if (n > kLanes + kLanes / 2) return 2 * kLanes;
+  int64_t wide = kLanes;
+  while (wide > kLeastWide && 2 * n <= wide) wide /= 2;
+  return wide;
+}
+
+// f(channels, the numbers that they take) for all of them.
+template <class F>
+HYBRIDFLOW_INLINE void each_wide(int64_t channels, const F& f) {
+  for (int64_t begin = 0; begin < channels;) {
+    const int64_t wide = wide_of(channels - begin);
+    f(Range{begin, std::min(begin + wide, channels)}, wide);
+    begin += wide;
+  }
+}
+
+inline int64_t padded(int64_t channels) {
+  int64_t floats = 0;
+  each_wide(channels, [&](Range, int64_t wide) { floats += wide; });
+  return floats;
+}
+
+// f(std::integral_constant<int, wide>()).
+template <int64_t most = 2 * kLanes, class F>
+HYBRIDFLOW_INLINE void with_wide(int64_t wide, const F& f) {
+  if constexpr (most > kLeastWide) {
+    if (wide < most) return with_wide<most / 2>(wide, f);
+  }
+  f(std::integral_constant<int, most>());
+}
+
+// How what a group gives to the input lies: (point, block, channel).
+template <class Line>
+struct Rows {
+  int64_t channels, step;
+
+  explicit Rows(int64_t channels) : channels(channels), step(padded(channels)) {}
+  int64_t at(int64_t point) const { return point * (step * kPanel + 16); }
+  int64_t floats() const { return at(kPoints<Line>) + kLanes; }
+};
+
+// to[k * step + c] += the sum over the hidden rows r of held[k][r] weights[r][c], for kPanel blocks k; or =
+// if the sums are `fresh`.
+template <int wide>
+HYBRIDFLOW_INLINE void add_to_rows(const float* held, const float* weights, int64_t hidden,
+                                   int64_t step, bool fresh, float* to) {
+  constexpr int lanes = wide > kLanes ? kLanes : wide, count = wide / lanes;
+  constexpr int rows = 2 * kRawRows / count;
+  typedef typename Vector<lanes>::type V;
+  for (int64_t first = 0; first < kPanel; first += rows, held += rows * kPanel, to += rows * step) {
+    V sum[rows][count] = {};
+    for (int64_t r = 0; r < hidden; ++r) {
+      V x[count];
+#pragma GCC unroll 2
+      for (int i = 0; i < count; ++i)
+        std::memcpy(x + i, weights + r * wide + i * lanes, sizeof x[i]);
+#pragma GCC unroll 16
+      for (int k = 0; k < rows; ++k)
+#pragma GCC unroll 2
+        for (int i = 0; i < count; ++i) sum[k][i] += held[k * kPanel + r] * x[i];
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < rows; ++k)
+#pragma GCC unroll 2
+      for (int i = 0; i < count; ++i) {
+        V own;
+        std::memcpy(&own, to + k * step + i * lanes, sizeof own);
+        own = fresh ? sum[k][i] : own + sum[k][i];
+        std::memcpy(to + k * step + i * lanes, &own, sizeof own);
+      }
+  }
+}
+
+// Adds what a panel of hidden rows gives to a group's rows, or writes it if they are fresh.
+template <class Line>
+void scatter_panel(const Rows<Line>& rows, int64_t all_hidden, Range hidden, const float* packed,
+                   const float* held, bool fresh, float* to) {
+  const int64_t each = scatter_floats(rows.step, all_hidden);
+  each_wide(rows.channels, [&](Range channels, int64_t wide) {
+    with_wide(wide, [&](auto constant) {
+      const float* weights = packed + channels.begin * all_hidden + hidden.begin * wide;
+      for (int64_t p = 0; p < kPoints<Line>; ++p)
+        add_to_rows<constant>(held + p * kHeldStep, weights + p * each, hidden.size(), rows.step,
+                              fresh, to + rows.at(p) + channels.begin);
+    });
+  });
+}
+
+// Planes of these channels of a group, from its rows as one range of hidden rows gives them or, `each` apart,
+// so many.
+template <class Line>
+void rows_to_planes(const Rows<Line>& rows, const float* from, int64_t splits, int64_t each,
+                    Range channels, const Planes<Line>& planes, float* to) {
+  for (int64_t p = 0; p < kPoints<Line>; ++p)
+    for (int64_t c = channels.begin; c < channels.end; c += kLanes)
+      for (int64_t l = 0; l < kPanel; l += kLanes) {
+        const float* own = from + rows.at(p) + l * rows.step + c;
+        Lanes square[kLanes];  // of more channels than there are, at the end
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(own + i * rows.step);
+        for (int64_t split = 1; split < splits; ++split)
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) square[i] += load(own + split * each + i * rows.step);
+        transpose_lanes(square);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, channels.end - c); ++i)
+          store(square[i], to + planes.at(p) + (c + i) * kPanel + l);
+      }
 }
 
 // Multiplications and additions.
@@ -667,7 +796,7 @@ struct Forward {
         bias1(bias1),
         bias2(bias2),
         out(out),
-        hidden(net.hidden, kHiddenTile),
+        hidden(net.hidden, kRawRows),
         in{net.inputs},
         sums{net.outputs},
         splits(splits_of(hidden, blocks.batches, flops())) {}
@@ -706,7 +835,7 @@ struct Forward {
       for (int64_t g = 0; g < blocks.groups; ++g) {
         for (int64_t t = own.begin; t < own.end; ++t) {
           const int64_t begin = hidden.begin(t);
-          with_constant<kHiddenTile>(hidden.length(t), [&](auto constant) {
+          with_constant<kRawRows>(hidden.length(t), [&](auto constant) {
             gather<constant>(in, staged + g * in.floats(),
                              packed1 + begin * kPoints<Line> * net.inputs, raw);
             hidden_points<Line>(raw, constant, bias1 + begin, held + (begin - rows.begin) * kPanel);
@@ -728,6 +857,12 @@ struct Forward {
     all_staged = shared_scratch.take(shared * staged_floats());
     all_sums = shared_scratch.take(shared * splits * sums_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
+    const int64_t each = scatter_floats(net.outputs, net.hidden);
+    const auto each_tile = [&](const auto& f) {
+      const Parts tiles(net.outputs, kTileRows);
+      for (int64_t j = 0; j < tiles.count; ++j)
+        f(Range{tiles.begin(j), tiles.begin(j + 1)}, tiles.length(j));
+    };
 
 #pragma omp parallel num_threads(team(elements(net, flops()), threads))
     {
@@ -740,8 +875,10 @@ struct Forward {
         });
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < hidden.count; ++t) {
-        pack_gather<Line>(weights1, hidden, t, packed1);
-        pack_scatter<Line>(weights2, hidden, t, packed2);
+        const Range rows{hidden.begin(t), hidden.begin(t + 1)};
+        pack_gather<Line, kRawRows>(weights1, rows, rows.size(),
+                                       packed1 + rows.begin * kPoints<Line> * net.inputs);
+        pack_scatter<Line, kTileRows>(weights2, each_tile, net.hidden, rows, each, packed2);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < blocks.batches * splits; ++i) item(i / splits, i % splits);
@@ -766,14 +903,16 @@ struct Backward {
   const float* bias1;
   float* grad_in;
   Gradients results;
-  Parts hidden;
+  int64_t panels;  // of hidden rows
   Planes<Line> in, out;
+  Rows<Line> rows;
   int64_t chunks, splits;
   float* packed1 = nullptr;
   float* packed2 = nullptr;
   float* packed_in = nullptr;
+  float* packed_bias = nullptr;
   float* all_staged = nullptr;  // where hidden rows are split: in and out, of all batches
-  float* all_sums = nullptr;    // the same: of in, for each split
+  float* all_rows = nullptr;    // the same: what each split gives
   float* partials = nullptr;
 
   Backward(const Net& net, const Blocks<Line>& blocks, const Source& grad, const Source& source,
@@ -785,109 +924,127 @@ struct Backward {
         bias1(bias1),
         grad_in(grad_in),
         results(results),
-        hidden(net.hidden, kHiddenTile),
+        panels(ratio_up(net.hidden, kPanel)),
         in{net.inputs},
         out{net.outputs},
+        rows(net.inputs),
         chunks(1),
         splits(1) {
     // Many batches, with few weights, are cut into chunks of them. Otherwise ranges of hidden rows go
-    // first, since the sums of each chunk are written and read once more.
+    // first, since the sums of each chunk are written and read once more; but so are those that each range
+    // gives to the input, hence two chunks where they can be.
     const int64_t most = std::min(blocks.batches, kPartialFloats / partial_floats());
-    if (most < kItems) splits = splits_of(hidden, 1, flops());
+    if (most < kItems)
+      splits = splits_of(Parts(net.hidden, kRawRows), std::clamp<int64_t>(most, 1, 2), flops());
     chunks = std::clamp<int64_t>(most, 1, ratio_up(kItems, splits));
   }
 
   double flops() const { return operations<Line>(net, blocks) * kBackwardFlops; }
   int64_t in_floats() const { return blocks.groups * in.floats(); }  // of a batch
   int64_t out_floats() const { return blocks.groups * out.floats(); }
+  int64_t rows_floats() const { return blocks.groups * rows.floats(); }
+  int64_t padded_hidden() const { return panels * kPanel; }
+  int64_t panel_floats(int64_t channels) const { return kPoints<Line> * channels * kPanel; }
   // Sums of weights' gradients lie as (point, channel, hidden row).
-  int64_t row() const { return Scratch::rounded(net.hidden); }
-  int64_t first() const { return kPoints<Line> * net.inputs * row(); }
-  int64_t second() const { return kPoints<Line> * net.outputs * row(); }
-  int64_t partial_floats() const { return first() + second() + row(); }
+  int64_t first() const { return kPoints<Line> * net.inputs * padded_hidden(); }
+  int64_t second() const { return kPoints<Line> * net.outputs * padded_hidden(); }
+  int64_t partial_floats() const { return first() + second() + padded_hidden(); }
 
-  // sums += the products of the held hidden rows with what they see, over the lanes of a group.
-  void weight_gradients(const float* held, Range rows, const Planes<Line>& planes,
-                        const float* seen, float* transposed, bool fresh, float* sums) const {
+  // sums += the products of a panel of hidden rows with what they see, over the blocks of a group.
+  void weight_gradients(const float* held, const Planes<Line>& planes, const float* seen, bool fresh,
+                        float* sums) const {
     const Parts columns(planes.channels, kTileRows);
-    for (int64_t p = 0; p < kPoints<Line>; ++p) {
-      transpose_panel(held + p * kHeldStep, transposed);
+    for (int64_t p = 0; p < kPoints<Line>; ++p)
       for (int64_t j = 0; j < columns.count; ++j)
         with_constant<kTileRows>(columns.length(j), [&](auto wide) {
           const int64_t column = columns.begin(j);
-          add_outer_products<wide>(transposed, rows.size(), seen + planes.at(p) + column * kPanel,
-                                   row(), fresh,
-                                   sums + (p * planes.channels + column) * row() + rows.begin);
+          add_outer_products<wide>(held + p * kHeldStep, seen + planes.at(p) + column * kPanel,
+                                   padded_hidden(), fresh,
+                                   sums + (p * planes.channels + column) * padded_hidden());
         });
-    }
   }
 
   void item(int64_t chunk, int64_t split) const {
     constexpr int64_t held_floats = kPoints<Line> * kHeldStep;
     constexpr int64_t raw_floats = kPoints<Line> * kRawStep;
-    own_scratch.reserve(Scratch::all({in_floats() + out_floats(), in_floats(), blocks.room(),
-                                      held_floats, held_floats, raw_floats, raw_floats,
-                                      kPanel * kPanel, kPanel * kPanel}));
+    own_scratch.reserve(Scratch::all({in_floats() + out_floats(), rows_floats(), in_floats(),
+                                      blocks.room(), held_floats, held_floats, raw_floats}));
     float* once = own_scratch.take(in_floats() + out_floats());
-    float* sums_once = own_scratch.take(in_floats());
+    float* rows_once = own_scratch.take(rows_floats());
+    float* planes = own_scratch.take(in_floats());
     float* room = own_scratch.take(blocks.room());
     float* held = own_scratch.take(held_floats);
     float* held_grad = own_scratch.take(held_floats);
     float* raw = own_scratch.take(raw_floats);
-    float* raw_grad = own_scratch.take(raw_floats);
-    float* transposed = own_scratch.take(kPanel * kPanel);
-    float* row_sums = own_scratch.take(kPanel * kPanel);
 
     float* sums1 = partials + chunk * partial_floats();
     float* sums2 = sums1 + first();
     float* sums_bias = sums2 + second();
-    const Range tiles = part_of(hidden.count, splits, split);
-    const Range all_rows = held_by(tiles, hidden);
-    std::fill_n(sums_bias + all_rows.begin, all_rows.size(), 0.0f);
+    const Range own = part_of(panels, splits, split);
+    std::fill_n(sums_bias + own.begin * kPanel, own.size() * kPanel, 0.0f);
 
     const Range batches = part_of(blocks.batches, chunks, chunk);
     for (int64_t b = batches.begin; b < batches.end; ++b) {
       float* staged = splits == 1 ? once : all_staged + b * (in_floats() + out_floats());
-      float* sums_in =
-          splits == 1 ? sums_once : all_sums + (split * blocks.batches + b) * in_floats();
+      float* to_rows =
+          splits == 1 ? rows_once : all_rows + (split * blocks.batches + b) * rows_floats();
       if (splits == 1) {
         stage(blocks, source, in, b, {0, net.inputs}, room, staged);
         stage(blocks, grad, out, b, {0, net.outputs}, room, staged + in_floats());
       }
-      const int64_t parts = ratio_up(tiles.size(), kTilesHeld);
-      for (int64_t part = 0; part < parts; ++part) {
-        const Range own = part_of(tiles, parts, part);
-        const Range rows = held_by(own, hidden);
-        std::fill_n(row_sums, rows.size() * kPanel, 0.0f);
+      for (int64_t panel = own.begin; panel < own.end; ++panel) {
+        const int64_t begin = panel * kPanel;
+        const Range hidden{begin, std::min(begin + kPanel, net.hidden)};
         for (int64_t g = 0; g < blocks.groups; ++g) {
           const float* seen_in = staged + g * in.floats();
           const float* seen_out = staged + in_floats() + g * out.floats();
           const bool fresh = b == batches.begin && g == 0;
-          hold(own, seen_in, seen_out, raw, raw_grad, held, held_grad, row_sums);
-          scatter(in, net.hidden, rows, packed_in, held_grad, part == 0, sums_in + g * in.floats());
-          weight_gradients(held, rows, out, seen_out, transposed, fresh, sums2);
-          weight_gradients(held_grad, rows, in, seen_in, transposed, fresh, sums1);
+          hold(panel, seen_in, seen_out, raw, held, held_grad, sums_bias + begin);
+          scatter_panel(rows, net.hidden, hidden, packed_in, held_grad, panel == own.begin,
+                        to_rows + g * rows.floats());
+          weight_gradients(held, out, seen_out, fresh, sums2 + begin);
+          weight_gradients(held_grad, in, seen_in, fresh, sums1 + begin);
         }
-        add_row_sums(row_sums, 0, 1, rows.size(), sums_bias + rows.begin);
       }
-      if (splits == 1)
-        unstage(blocks, in, sums_in, 1, 0, b, {0, net.inputs}, nullptr, room, grad_in);
+      if (splits == 1) finish_in(b, {0, net.inputs}, rows_once, planes, room);
     }
   }
 
-  // The points of hidden tiles and of their gradients.
-  void hold(Range tiles, const float* seen_in, const float* seen_out, float* raw, float* raw_grad,
-            float* to, float* to_grad, float* row_sums) const {
-    const int64_t first_row = hidden.begin(tiles.begin);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const int64_t begin = hidden.begin(t), at = (begin - first_row) * kPanel;
-      with_constant<kHiddenTile>(hidden.length(t), [&](auto constant) {
-        gather<constant>(in, seen_in, packed1 + begin * kPoints<Line> * net.inputs, raw);
-        gather<constant>(out, seen_out, packed2 + begin * kPoints<Line> * net.outputs, raw_grad);
-        hidden_gradient_points<Line>(raw, raw_grad, constant, bias1 + begin, to + at, to_grad + at,
-                                     row_sums + at);
-      });
+  // The gradient of these channels of a batch, from what each split gives.
+  void finish_in(int64_t b, Range channels, const float* from, float* planes, float* room) const {
+    for (int64_t g = 0; g < blocks.groups; ++g)
+      rows_to_planes(rows, from + g * rows.floats(), splits, blocks.batches * rows_floats(), channels,
+                     in, planes + g * in.floats());
+    unstage(blocks, in, planes, 1, 0, b, channels, nullptr, room, grad_in);
+  }
+
+  // The points of a panel of hidden rows and of their gradients, in all blocks of a group.
+  void hold(int64_t panel, const float* seen_in, const float* seen_out, float* raw, float* to,
+            float* to_grad, float* sums) const {
+    Lanes values[2 * kRawRows * kPositions<Line>];
+    for (int64_t first = 0; first < kPanel; first += kRawRows) {
+      gather_panel(in, seen_in + first, packed1 + panel * panel_floats(net.inputs), raw);
+      hidden_panel_points<Line>(raw, packed_bias + panel * kPanel, to + first * kPanel, values);
+      gather_panel(out, seen_out + first, packed2 + panel * panel_floats(net.outputs), raw);
+      gradient_panel_points<Line>(raw, values, to_grad + first * kPanel, sums);
     }
+  }
+
+  // The weights and biases of kLanes hidden rows, zero for those that a panel lacks.
+  void pack(const Weights& weights1, const Weights& weights2, int64_t begin) const {
+    const Range hidden{std::min(begin, net.hidden), std::min(begin + kLanes, net.hidden)};
+    const int64_t panel = begin / kPanel, at = begin % kPanel;
+    const auto each_tile = [&](const auto& f) { each_wide(net.inputs, f); };
+    pack_gather<Line, kLanes>(weights1, hidden, kPanel,
+                              packed1 + panel * panel_floats(net.inputs) + at);
+    pack_gather<Line, kLanes>(weights2, hidden, kPanel,
+                              packed2 + panel * panel_floats(net.outputs) + at);
+    for (int64_t first = hidden.begin; first < hidden.end; first += kRawRows)
+      pack_scatter<Line, 2 * kLanes>(weights1, each_tile, net.hidden,
+                                     {first, std::min(first + kRawRows, hidden.end)},
+                                     scatter_floats(rows.step, net.hidden), packed_in);
+    std::fill_n(packed_bias + begin, kLanes, 0.0f);
+    std::copy(bias1 + hidden.begin, bias1 + hidden.end, packed_bias + begin);
   }
 
   // Gᵀ (the sums over all chunks) G, for a channel of these weights.
@@ -895,7 +1052,7 @@ struct Backward {
     for (int64_t h = 0; h < net.hidden; h += kLanes) {
       Lanes points[kPoints<Line>], taps[kWindow];
       for (int64_t p = 0; p < kPoints<Line>; ++p) {
-        const float* from = sums + (p * weights.channels + c) * row() + h;
+        const float* from = sums + (p * weights.channels + c) * padded_hidden() + h;
         points[p] = load(from);
         for (int64_t chunk = 1; chunk < chunks; ++chunk)
           points[p] += load(from + chunk * partial_floats());
@@ -923,18 +1080,20 @@ struct Backward {
   }
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
-    const int64_t gather1 = kPoints<Line> * net.hidden * net.inputs;
-    const int64_t gather2 = kPoints<Line> * net.hidden * net.outputs;
-    const int64_t of_scatter = kPoints<Line> * scatter_floats(net.inputs, net.hidden);
+    const int64_t gather1 = panels * panel_floats(net.inputs);
+    const int64_t gather2 = panels * panel_floats(net.outputs);
+    const int64_t each = scatter_floats(rows.step, net.hidden);
     const int64_t shared = splits == 1 ? 0 : blocks.batches;
-    shared_scratch.reserve(Scratch::all({gather1, gather2, of_scatter,
-                                         shared * (in_floats() + out_floats()),
-                                         shared * splits * in_floats(), chunks * partial_floats()}));
+    shared_scratch.reserve(
+        Scratch::all({gather1, gather2, kPoints<Line> * each, padded_hidden(),
+                      shared * (in_floats() + out_floats()), shared * splits * rows_floats(),
+                      chunks * partial_floats()}));
     packed1 = shared_scratch.take(gather1);
     packed2 = shared_scratch.take(gather2);
-    packed_in = shared_scratch.take(of_scatter);
+    packed_in = shared_scratch.take(kPoints<Line> * each);
+    packed_bias = shared_scratch.take(padded_hidden());
     all_staged = shared_scratch.take(shared * (in_floats() + out_floats()));
-    all_sums = shared_scratch.take(shared * splits * in_floats());
+    all_rows = shared_scratch.take(shared * splits * rows_floats());
     partials = shared_scratch.take(chunks * partial_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
 
@@ -955,18 +1114,16 @@ struct Backward {
         });
       }
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < hidden.count; ++t) {
-        pack_gather<Line>(weights1, hidden, t, packed1);
-        pack_gather<Line>(weights2, hidden, t, packed2);
-        pack_scatter<Line>(weights1, hidden, t, packed_in);
-      }
+      for (int64_t begin = 0; begin < padded_hidden(); begin += kLanes)
+        pack(weights1, weights2, begin);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < chunks * splits; ++i) item(i / splits, i % splits);
       if (splits > 1)
         each_part(blocks, net.inputs, [&](int64_t b, Range channels) {
-          own_scratch.reserve(blocks.room());
-          unstage(blocks, in, all_sums + b * in_floats(), splits, blocks.batches * in_floats(), b,
-                  channels, nullptr, own_scratch.take(blocks.room()), grad_in);
+          own_scratch.reserve(Scratch::all({in_floats(), blocks.room()}));
+          float* planes = own_scratch.take(in_floats());
+          finish_in(b, channels, all_rows + b * rows_floats(), planes,
+                    own_scratch.take(blocks.room()));
         });
 #pragma omp for schedule(static) nowait
       for (int64_t c = 0; c < net.inputs; ++c)

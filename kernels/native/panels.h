@@ -81,7 +81,8 @@ struct Tile {
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = Lanes{};
   }
 
-  void add(const Stretch& stretch) {
+  // The weights of a tile's rows are neighbours; those for the next row of the panel are `step` further on.
+  void add(const Stretch& stretch, int64_t step = rows) {
     const float* weights = stretch.weights;
     const float* values = stretch.values;
     for (int64_t k = 0; k < stretch.count; ++k) {
@@ -92,7 +93,7 @@ struct Tile {
         sum[r][0] += weight * a;
         sum[r][1] += weight * b;
       }
-      weights += rows;
+      weights += step;
       values += kPanel;
     }
   }
@@ -191,54 +192,27 @@ HYBRIDFLOW_INLINE void transpose_lanes(Lanes* rows) {
   }
 }
 
-// The same for a panel of as many rows as it has lanes.
-inline void transpose_panel(const float* from, float* to) {
-  for (int64_t i = 0; i < kPanel; i += kLanes)
-    for (int64_t j = 0; j < kPanel; j += kLanes) {
-      Lanes rows[kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) rows[r] = load(from + (i + r) * kPanel + j);
-      transpose_lanes(rows);
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) store(rows[r], to + (j + r) * kPanel + i);
-    }
-}
-
-// to[c * step + r] += the inner product of row c of b with row r, of which there are `rows`, of the panel
-// that was transposed; or = if the sums are `fresh`.
+// to[c * step + i] += the sum over k of a[k][i] b[c][k], where a has kPanel rows and b so many; or =
+// if the sums are `fresh`.
 template <int columns>
-inline void add_outer_products(const float* transposed, int64_t rows, const float* b, int64_t step,
-                               bool fresh, float* to) {
+inline void add_outer_products(const float* a, const float* b, int64_t step, bool fresh, float* to) {
   Tile<columns> tile;
   tile.clear();
-  for (int64_t l = 0; l < kPanel; ++l) {
-    const Lanes x = load(transposed + l * kPanel), y = load(transposed + l * kPanel + kLanes);
+  for (int64_t k = 0; k < kPanel; ++k) {
+    const Lanes x = load(a + k * kPanel), y = load(a + k * kPanel + kLanes);
 #pragma GCC unroll 16
     for (int c = 0; c < columns; ++c) {
-      const Lanes value = every<Lanes>(b[c * kPanel + l]);
+      const Lanes value = every<Lanes>(b[c * kPanel + k]);
       tile.sum[c][0] += value * x;
       tile.sum[c][1] += value * y;
     }
   }
-  if (rows == kPanel && fresh) {
 #pragma GCC unroll 16
-    for (int c = 0; c < columns; ++c)
-      for (int half = 0; half < 2; ++half)
-        store(tile.sum[c][half], to + c * step + half * kLanes);
-  } else if (rows == kPanel) {
-#pragma GCC unroll 16
-    for (int c = 0; c < columns; ++c)
-      for (int half = 0; half < 2; ++half) {
-        float* own = to + c * step + half * kLanes;
-        store(load(own) + tile.sum[c][half], own);
-      }
-  } else {
-    float sums[columns * kPanel];
-    tile.finish([&](Lanes sum, int64_t offset) { store(sum, sums + offset); });
-    for (int c = 0; c < columns; ++c)
-      for (int64_t r = 0; r < rows; ++r)
-        to[c * step + r] = sums[c * kPanel + r] + (fresh ? 0.0f : to[c * step + r]);
-  }
+  for (int c = 0; c < columns; ++c)
+    for (int half = 0; half < 2; ++half) {
+      float* own = to + c * step + half * kLanes;
+      store(fresh ? tile.sum[c][half] : load(own) + tile.sum[c][half], own);
+    }
 }
 
 // A pair of panels that belong together, by the offsets of their first rows.

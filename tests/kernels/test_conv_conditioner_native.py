@@ -44,6 +44,8 @@ IN_BLOCKS = [
     (40, 6, 512, 12, 4, 8, 3),  # hidden rows in several items
     (65, 5, 37, 13, 2, 2, 3),  # blocks of two by two
     (20, 12, 512, 24, 2, 2, 3),  # the same in several items
+    (34, 29, 35, 10, 2, 2, 3),  # more channels than a register has lanes
+    (33, 21, 30, 9, 4, 4, 3),  # a few more
 ]
 
 
