@@ -192,7 +192,7 @@ HYBRIDFLOW_INLINE void transpose_lanes(Lanes* rows) {
   }
 }
 
-// to[c * step + i] += the sum over k of a[k][i] b[c][k], where a has kPanel rows and b so many; or =
+// to[c * step + i] += the sum over k of a[k][i] b[c][k], of a panel a of kPanel rows and b of `columns`; or =
 // if the sums are `fresh`.
 template <int columns>
 inline void add_outer_products(const float* a, const float* b, int64_t step, bool fresh, float* to) {
