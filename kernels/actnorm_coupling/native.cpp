@@ -11,6 +11,7 @@
 #include "actnorm_coupling/arithmetic.h"
 #include "actnorm_coupling/tiles.h"
 #include "native/denormals.h"
+#include "native/items.h"
 #include "native/lanes.h"
 #include "native/native.h"
 #include "native/vector_math.h"
@@ -23,15 +24,17 @@ constexpr int64_t kBand = 32;  // rows after which the other part has its turn, 
 
 // --- the plan of the work ------------------------------------------------------------------------
 
+// A power of two, for threads, which come in such numbers, to meet the same images here as in the conditioner.
 struct Chunks {
-  int64_t samples;  // in each but the last
-  int64_t count;
+  int64_t samples, count;
 
-  explicit Chunks(const Shape& shape) {
-    const int64_t elements = most(1, shape.channels * shape.positions());
-    samples = most(most(1, kChunk / elements), ratio_up(shape.samples, kMostChunks));
-    count = ratio_up(shape.samples, samples);
+  explicit Chunks(const Shape& shape) : samples(shape.samples), count(1) {
+    const int64_t elements = samples * shape.channels * shape.positions();
+    while (2 * count * kChunk <= elements && count < kMostChunks) count *= 2;
+    count = least(count, samples);
   }
+
+  Range of(int64_t chunk) const { return part_of(samples, count, chunk); }
 };
 
 Shape shape_of(const Layout& l) { return {l.samples, l.channels, l.outer, l.inner}; }
@@ -117,16 +120,16 @@ template <class Body>
 void for_each_chunk(const Shape& shape, const Chunks& chunks, int64_t scratch_size, int64_t threads,
                     const Body& body) {
   const int64_t elements = shape.samples * shape.channels * shape.positions();
-#pragma omp parallel num_threads(team(elements, threads))
+  const int workers = team(elements, threads);
+  const Items items(chunks.count, workers);
+#pragma omp parallel num_threads(workers)
   {
     const NoDenormals no_denormals;
     const Memory<float> scratch(scratch_size);
-#pragma omp for schedule(dynamic)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t first = chunk * chunks.samples;
-      const int64_t end = least(first + chunks.samples, shape.samples);
-      body(chunk, first * shape.outer, end * shape.outer, scratch.get());
-    }
+    items.each([&](int64_t chunk) {
+      const Range own = chunks.of(chunk);
+      body(chunk, own.begin * shape.outer, own.end * shape.outer, scratch.get());
+    });
   }
 }
 

@@ -458,8 +458,10 @@ struct Forward {
     weights2 = take_halves(shared_scratch, second);
     partial = shared_scratch.take(partial_floats);
     bias1 = padded_bias(shape, bias1);
+    const int workers = team(plan.elements(), threads);
+    const Items items(plan.items(), workers);
 
-#pragma omp parallel num_threads(team(plan.elements(), threads))
+#pragma omp parallel num_threads(workers)
     {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
@@ -467,8 +469,7 @@ struct Forward {
         float* lines = own_scratch.take(lines_floats(shape));
         pack<parts>(shape, block, weight1, weight2, lines, {weights1, nullptr}, {nullptr, weights2});
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
+      items.each([&](int64_t i) { item(i / plan.splits, i % plan.splits); });
       if (plan.splits > 1) {
         const int64_t plane = shape.plane();
 #pragma omp for schedule(static)
@@ -716,8 +717,10 @@ struct Backward {
     sums = shared_scratch.take(all_sums);
     partial_in = shared_scratch.take(partial_floats);
     bias1 = padded_bias(shape, bias1);
+    const int workers = team(plan.elements(), threads);
+    const Items items(plan.items(), workers);
 
-#pragma omp parallel num_threads(team(plan.elements(), threads))
+#pragma omp parallel num_threads(workers)
     {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < shape.hidden_depth(); ++block) {
@@ -725,8 +728,7 @@ struct Backward {
         float* lines = own_scratch.take(lines_floats(shape));
         pack<parts>(shape, block, weight1, weight2, lines, weights1, weights2);
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < plan.items(); ++i) item(i / plan.splits, i % plan.splits);
+      items.each([&](int64_t i) { item(i / plan.splits, i % plan.splits); });
       if (plan.splits > 1) {
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < in_floats(); ++i) {

@@ -379,8 +379,11 @@ struct Forward {
     packed2 = shared_scratch.take(second);
     partial = shared_scratch.take(halves.floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
+    const Work work{grid.groups, splits, net.hidden * net.taps() > grid.samples * grid.positions()};
+    const int workers = team(elements(net, flops()), threads);
+    const Items items(work.size(), workers);
 
-#pragma omp parallel num_threads(team(elements(net, flops()), threads))
+#pragma omp parallel num_threads(workers)
     {
       const NoDenormals no_denormals;
 #pragma omp for schedule(static)
@@ -388,8 +391,7 @@ struct Forward {
         pack_gather(weights1, hidden, t, packed1);
         pack_scatter(weights2, target, hidden, t, packed2);
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < grid.groups * splits; ++i) item(i / splits, i % splits);
+      work.each(items, [&](int64_t group, int64_t split) { item(group, split); });
       if (!halves.direct) {
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < grid.samples; ++s)
@@ -650,8 +652,11 @@ struct Backward {
     partial_in = shared_scratch.take(halves.floats());
     partials = shared_scratch.take(all_partials);
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
+    const Work work{chunks, splits, net.hidden * net.taps() > grid.samples * grid.positions()};
+    const int workers = team(elements(net, flops()), threads);
+    const Items items(work.size(), workers);
 
-#pragma omp parallel num_threads(team(elements(net, flops()), threads))
+#pragma omp parallel num_threads(workers)
     {
       const NoDenormals no_denormals;
 #pragma omp for schedule(static)
@@ -660,8 +665,7 @@ struct Backward {
         pack_gather(weights2, hidden, t, packed2);
         pack_scatter(weights1, target, hidden, t, packed_in);
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < chunks * splits; ++i) item(i / splits, i % splits);
+      work.each(items, [&](int64_t chunk, int64_t split) { item(chunk, split); });
       if (!halves.direct) {
 #pragma omp for schedule(static) nowait
         for (int64_t s = 0; s < grid.samples; ++s)

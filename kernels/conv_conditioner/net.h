@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "native/items.h"
 #include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
@@ -98,5 +99,25 @@ int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
   const double affordable = flops / static_cast<double>(kItemFlops * chunks);
   return std::max<int64_t>(1, std::min(wanted, static_cast<int64_t>(affordable)));
 }
+
+// The work of all chunks of images on all ranges of hidden rows. A thread keeps to what is larger, images or,
+// `rows_first`, weights.
+struct Work {
+  int64_t chunks, splits;
+  bool rows_first;
+
+  int64_t size() const { return chunks * splits; }
+
+  // f(chunk, split), by the threads of a team.
+  template <class F>
+  void each(const Items& items, const F& f) const {
+    items.each([&](int64_t i) {
+      if (rows_first)
+        f(i % chunks, i / chunks);
+      else
+        f(i / splits, i % splits);
+    });
+  }
+};
 
 }  // namespace

@@ -20,6 +20,7 @@
 
 #include "conv_conditioner/net.h"
 #include "native/denormals.h"
+#include "native/handover.h"
 #include "native/memory.h"
 #include "native/native.h"
 
@@ -472,11 +473,12 @@ HYBRIDFLOW_INLINE void windows_to_points(const float (*taps)[wide],
   taps_to_points<Line>(vectors, points);
 }
 
-// Of at most `wide` hidden rows: to[(point, channel) * step + row]. If there is room for so many between one
-// channel and the next, those that are missing are zero.
-template <class Line, int wide>
-void pack_gather(const Weights& weights, Range rows, int64_t step, float* to) {
+// Of at most `wide` hidden rows: to[(point, channel) * step + row]. Where channels are `apart` there is room for
+// as many, and those that are missing are zero; else step is their number.
+template <class Line, int wide, bool apart>
+void pack_gather(const Weights& weights, Range rows, int64_t step, float* to, bool past) {
   alignas(64) float taps[kWindowsRead][kWindow][wide] = {};
+  alignas(64) float side_by_side[kPoints<Line>][kWindowsRead * wide];
   for (int64_t first = 0; first < weights.channels; first += kWindowsRead) {
     const int64_t count = std::min(kWindowsRead, weights.channels - first);
     for (int64_t k = 0; k < count; ++k)
@@ -489,22 +491,28 @@ void pack_gather(const Weights& weights, Range rows, int64_t step, float* to) {
       float* own = to + (first + k) * step;
 #pragma GCC unroll 36
       for (int p = 0; p < kPoints<Line>; ++p, own += weights.channels * step)
-        if (step >= wide)
-          std::memcpy(own, points + p, sizeof points[p]);
-        else
-          std::memcpy(own, points + p, static_cast<size_t>(step) * sizeof(float));
+        if constexpr (apart)
+          store(points[p], own, past);
+        else  // the next one overwrites what is too much
+          std::memcpy(side_by_side[p] + k * step, points + p, sizeof points[p]);
     }
+    if constexpr (!apart)
+      for (int64_t p = 0; p < kPoints<Line>; ++p)
+        copy(side_by_side[p], count * step, to + (p * weights.channels + first) * step, past);
   }
 }
 
-// Of a point; not a power of two, for what is written together not to fall into one set of the cache.
-int64_t scatter_floats(int64_t channels, int64_t hidden) { return channels * hidden + 48; }
+// Of a point, for a panel of hidden rows; not a power of two, for what is written together not to fall into
+// one set of the cache.
+int64_t scatter_floats(int64_t channels) { return channels * kPanel + 48; }
 
-// For at most kRawRows of all hidden rows: (point, tile of channels, hidden row, channel), a point `each` apart.
-// each_tile(f) calls f(channels, numbers that each row takes, at most `most`) for all tiles.
+// For at most kRawRows of a panel of hidden rows, from row `at` of it on: (point, tile of channels, hidden row,
+// channel), a point `each` apart. A panel's weights lie together, or the processor would load, ahead, those of
+// a panel that another thread has written. each_tile(f) calls f(channels, numbers that each row takes, at most
+// `most`) for all tiles.
 template <class Line, int64_t most, class EachTile>
-void pack_scatter(const Weights& weights, const EachTile& each_tile, int64_t all_hidden, Range rows,
-                  int64_t each, float* packed) {
+void pack_scatter(const Weights& weights, const EachTile& each_tile, Range rows, int64_t at,
+                  int64_t each, float* packed, bool past) {
   alignas(64) float taps[kRawRows][kWindow][kScatterWide] = {};
   float packed_rows[kPoints<Line>][kRawRows * most + kScatterWide];
   each_tile([&](Range channels, int64_t wide) {
@@ -524,9 +532,9 @@ void pack_scatter(const Weights& weights, const EachTile& each_tile, int64_t all
           std::memcpy(packed_rows[p] + k * wide + first, points + p, sizeof points[p]);
       }
     }
-    float* to = packed + channels.begin * all_hidden + rows.begin * wide;
+    float* to = packed + channels.begin * kPanel + at * wide;
     for (int64_t p = 0; p < kPoints<Line>; ++p, to += each)
-      std::copy_n(packed_rows[p], rows.size() * wide, to);
+      copy(packed_rows[p], rows.size() * wide, to, past);
   });
 }
 
@@ -640,12 +648,12 @@ HYBRIDFLOW_INLINE void gradient_panel_points(const float* raw, const Lanes* valu
 
 // Adds what the hidden rows give to a group's planes, or writes it if they are fresh.
 template <class Line>
-void scatter(const Planes<Line>& planes, int64_t all_hidden, Range rows, const float* packed,
-             const float* held, bool fresh, float* to) {
+void scatter(const Planes<Line>& planes, int64_t rows, const float* packed, const float* held,
+             bool fresh, float* to) {
   const Parts parts(planes.channels, kTileRows);
-  const int64_t each = scatter_floats(planes.channels, all_hidden);
+  const int64_t each = scatter_floats(planes.channels);
   for (int64_t p = 0; p < kPoints<Line>; ++p)
-    add_hidden(parts, all_hidden, rows, packed + p * each, held + p * kHeldStep, fresh,
+    add_hidden(parts, kPanel, {0, rows}, packed + p * each, held + p * kHeldStep, fresh,
                to + planes.at(p));
 }
 
@@ -728,15 +736,15 @@ HYBRIDFLOW_INLINE void add_to_rows(const float* held, const float* weights, int6
 
 // Adds what a panel of hidden rows gives to a group's rows, or writes it if they are fresh.
 template <class Line>
-void scatter_panel(const Rows<Line>& rows, int64_t all_hidden, Range hidden, const float* packed,
-                   const float* held, bool fresh, float* to) {
-  const int64_t each = scatter_floats(rows.step, all_hidden);
+void scatter_panel(const Rows<Line>& rows, int64_t hidden, const float* packed, const float* held,
+                   bool fresh, float* to) {
+  const int64_t each = scatter_floats(rows.step);
   each_wide(rows.channels, [&](Range channels, int64_t wide) {
     with_wide(wide, [&](auto constant) {
-      const float* weights = packed + channels.begin * all_hidden + hidden.begin * wide;
+      const float* weights = packed + channels.begin * kPanel;
       for (int64_t p = 0; p < kPoints<Line>; ++p)
-        add_to_rows<constant>(held + p * kHeldStep, weights + p * each, hidden.size(), rows.step,
-                              fresh, to + rows.at(p) + channels.begin);
+        add_to_rows<constant>(held + p * kHeldStep, weights + p * each, hidden, rows.step, fresh,
+                              to + rows.at(p) + channels.begin);
     });
   });
 }
@@ -780,7 +788,7 @@ struct Forward {
   const float* bias1;
   const float* bias2;
   float* out;
-  Parts hidden;
+  Parts hidden, panels;  // tiles of hidden rows, and panels of tiles
   Planes<Line> in, sums;
   int64_t splits;
   float* packed1 = nullptr;
@@ -797,6 +805,7 @@ struct Forward {
         bias2(bias2),
         out(out),
         hidden(net.hidden, kRawRows),
+        panels(hidden.count, kTilesHeld),
         in{net.inputs},
         sums{net.outputs},
         splits(splits_of(hidden, blocks.batches, flops())) {}
@@ -804,6 +813,7 @@ struct Forward {
   double flops() const { return operations<Line>(net, blocks); }
   int64_t staged_floats() const { return blocks.groups * in.floats(); }  // of a batch
   int64_t sums_floats() const { return blocks.groups * sums.floats(); }
+  int64_t panel_floats() const { return kPoints<Line> * scatter_floats(net.outputs); }
 
   void item(int64_t batch, int64_t split) const {
     constexpr int64_t held_floats = kPoints<Line> * kHeldStep;
@@ -812,9 +822,9 @@ struct Forward {
         {held_floats, raw_floats, staged_floats(), sums_floats(), blocks.room()}));
     float* held = own_scratch.take(held_floats);
     float* raw = own_scratch.take(raw_floats);
-    const Range tiles = part_of(hidden.count, splits, split);
+    const Range own = part_of(panels.count, splits, split);
     if (splits > 1) {
-      add_tiles(tiles, all_staged + batch * staged_floats(), held, raw,
+      add_panels(own, all_staged + batch * staged_floats(), held, raw,
                 all_sums + (split * blocks.batches + batch) * sums_floats());
       return;
     }
@@ -822,18 +832,17 @@ struct Forward {
     float* to = own_scratch.take(sums_floats());
     float* room = own_scratch.take(blocks.room());
     stage(blocks, source, in, batch, {0, net.inputs}, room, staged);
-    add_tiles(tiles, staged, held, raw, to);
+    add_panels(own, staged, held, raw, to);
     unstage(blocks, sums, to, 1, 0, batch, {0, net.outputs}, bias2, room, out);
   }
 
-  // What tiles of hidden rows give to the planes of a batch.
-  void add_tiles(Range tiles, const float* staged, float* held, float* raw, float* to) const {
-    const int64_t parts = ratio_up(tiles.size(), kTilesHeld);
-    for (int64_t part = 0; part < parts; ++part) {
-      const Range own = part_of(tiles, parts, part);
-      const Range rows = held_by(own, hidden);
+  // What panels of hidden rows give to the planes of a batch.
+  void add_panels(Range own, const float* staged, float* held, float* raw, float* to) const {
+    for (int64_t panel = own.begin; panel < own.end; ++panel) {
+      const Range tiles{panels.begin(panel), panels.begin(panel + 1)};
+      const Range rows = held_by(tiles, hidden);
       for (int64_t g = 0; g < blocks.groups; ++g) {
-        for (int64_t t = own.begin; t < own.end; ++t) {
+        for (int64_t t = tiles.begin; t < tiles.end; ++t) {
           const int64_t begin = hidden.begin(t);
           with_constant<kRawRows>(hidden.length(t), [&](auto constant) {
             gather<constant>(in, staged + g * in.floats(),
@@ -841,14 +850,15 @@ struct Forward {
             hidden_points<Line>(raw, constant, bias1 + begin, held + (begin - rows.begin) * kPanel);
           });
         }
-        scatter(sums, net.hidden, rows, packed2, held, part == 0, to + g * sums.floats());
+        scatter(sums, rows.size(), packed2 + panel * panel_floats(), held, panel == own.begin,
+                to + g * sums.floats());
       }
     }
   }
 
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const int64_t first = kPoints<Line> * net.hidden * net.inputs;
-    const int64_t second = kPoints<Line> * scatter_floats(net.outputs, net.hidden);
+    const int64_t second = panels.count * panel_floats();
     const int64_t shared = splits == 1 ? 0 : blocks.batches;
     shared_scratch.reserve(Scratch::all(
         {first, second, shared * staged_floats(), shared * splits * sums_floats()}));
@@ -857,14 +867,17 @@ struct Forward {
     all_staged = shared_scratch.take(shared * staged_floats());
     all_sums = shared_scratch.take(shared * splits * sums_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
-    const int64_t each = scatter_floats(net.outputs, net.hidden);
     const auto each_tile = [&](const auto& f) {
       const Parts tiles(net.outputs, kTileRows);
       for (int64_t j = 0; j < tiles.count; ++j)
         f(Range{tiles.begin(j), tiles.begin(j + 1)}, tiles.length(j));
     };
+    const Work work{blocks.batches, splits, splits > 1 && net.hidden > blocks.batches * blocks.lanes};
+    const int workers = team(elements(net, flops()), threads);
+    const Items items(work.size(), workers);
+    const bool past = workers > 1 && !work.rows_first;  // the weights, that all threads read
 
-#pragma omp parallel num_threads(team(elements(net, flops()), threads))
+#pragma omp parallel num_threads(workers)
     {
       const NoDenormals no_denormals;
       if (splits > 1)
@@ -873,15 +886,18 @@ struct Forward {
           stage(blocks, source, in, b, channels, own_scratch.take(blocks.room()),
                 all_staged + b * staged_floats());
         });
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < hidden.count; ++t) {
         const Range rows{hidden.begin(t), hidden.begin(t + 1)};
-        pack_gather<Line, kRawRows>(weights1, rows, rows.size(),
-                                       packed1 + rows.begin * kPoints<Line> * net.inputs);
-        pack_scatter<Line, kTileRows>(weights2, each_tile, net.hidden, rows, each, packed2);
+        const int64_t panel = panels.of(t), at = rows.begin - hidden.begin(panels.begin(panel));
+        pack_gather<Line, kRawRows, false>(weights1, rows, rows.size(),
+                                           packed1 + rows.begin * kPoints<Line> * net.inputs,
+                                           past);
+        pack_scatter<Line, kTileRows>(weights2, each_tile, rows, at, scatter_floats(net.outputs),
+                                      packed2 + panel * panel_floats(), past);
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < blocks.batches * splits; ++i) item(i / splits, i % splits);
+      hand_over();
+      work.each(items, [&](int64_t batch, int64_t split) { item(batch, split); });
       if (splits > 1)
         each_part(blocks, net.outputs, [&](int64_t b, Range channels) {
           own_scratch.reserve(blocks.room());
@@ -994,14 +1010,14 @@ struct Backward {
       }
       for (int64_t panel = own.begin; panel < own.end; ++panel) {
         const int64_t begin = panel * kPanel;
-        const Range hidden{begin, std::min(begin + kPanel, net.hidden)};
         for (int64_t g = 0; g < blocks.groups; ++g) {
           const float* seen_in = staged + g * in.floats();
           const float* seen_out = staged + in_floats() + g * out.floats();
           const bool fresh = b == batches.begin && g == 0;
           hold(panel, seen_in, seen_out, raw, held, held_grad, sums_bias + begin);
-          scatter_panel(rows, net.hidden, hidden, packed_in, held_grad, panel == own.begin,
-                        to_rows + g * rows.floats());
+          scatter_panel(rows, std::min(kPanel, net.hidden - begin),
+                        packed_in + panel * kPoints<Line> * scatter_floats(rows.step), held_grad,
+                        panel == own.begin, to_rows + g * rows.floats());
           weight_gradients(held, out, seen_out, fresh, sums2 + begin);
           weight_gradients(held_grad, in, seen_in, fresh, sums1 + begin);
         }
@@ -1031,25 +1047,27 @@ struct Backward {
   }
 
   // The weights and biases of kLanes hidden rows, zero for those that a panel lacks.
-  void pack(const Weights& weights1, const Weights& weights2, int64_t begin) const {
+  void pack(const Weights& weights1, const Weights& weights2, int64_t begin, bool past) const {
     const Range hidden{std::min(begin, net.hidden), std::min(begin + kLanes, net.hidden)};
     const int64_t panel = begin / kPanel, at = begin % kPanel;
     const auto each_tile = [&](const auto& f) { each_wide(net.inputs, f); };
-    pack_gather<Line, kLanes>(weights1, hidden, kPanel,
-                              packed1 + panel * panel_floats(net.inputs) + at);
-    pack_gather<Line, kLanes>(weights2, hidden, kPanel,
-                              packed2 + panel * panel_floats(net.outputs) + at);
+    pack_gather<Line, kLanes, true>(weights1, hidden, kPanel,
+                                    packed1 + panel * panel_floats(net.inputs) + at, past);
+    pack_gather<Line, kLanes, true>(weights2, hidden, kPanel,
+                                    packed2 + panel * panel_floats(net.outputs) + at, past);
     for (int64_t first = hidden.begin; first < hidden.end; first += kRawRows)
-      pack_scatter<Line, 2 * kLanes>(weights1, each_tile, net.hidden,
-                                     {first, std::min(first + kRawRows, hidden.end)},
-                                     scatter_floats(rows.step, net.hidden), packed_in);
+      pack_scatter<Line, 2 * kLanes>(
+          weights1, each_tile, {first, std::min(first + kRawRows, hidden.end)}, first % kPanel,
+          scatter_floats(rows.step), packed_in + panel * kPoints<Line> * scatter_floats(rows.step),
+          past);
     std::fill_n(packed_bias + begin, kLanes, 0.0f);
     std::copy(bias1 + hidden.begin, bias1 + hidden.end, packed_bias + begin);
   }
 
-  // Gᵀ (the sums over all chunks) G, for a channel of these weights.
-  void finish_weights(const float* sums, const Weights& weights, int64_t c, float* to) const {
-    for (int64_t h = 0; h < net.hidden; h += kLanes) {
+  // Gᵀ (the sums over all chunks) G, for panels of hidden rows and a channel of these weights.
+  void finish_weights(const float* sums, const Weights& weights, Range own, int64_t c,
+                      float* to) const {
+    for (int64_t h = own.begin * kPanel; h < std::min(own.end * kPanel, net.hidden); h += kLanes) {
       Lanes points[kPoints<Line>], taps[kWindow];
       for (int64_t p = 0; p < kPoints<Line>; ++p) {
         const float* from = sums + (p * weights.channels + c) * padded_hidden() + h;
@@ -1082,22 +1100,26 @@ struct Backward {
   void run(const float* weight1, const float* weight2, int64_t threads) {
     const int64_t gather1 = panels * panel_floats(net.inputs);
     const int64_t gather2 = panels * panel_floats(net.outputs);
-    const int64_t each = scatter_floats(rows.step, net.hidden);
+    const int64_t scattered = panels * kPoints<Line> * scatter_floats(rows.step);
     const int64_t shared = splits == 1 ? 0 : blocks.batches;
     shared_scratch.reserve(
-        Scratch::all({gather1, gather2, kPoints<Line> * each, padded_hidden(),
+        Scratch::all({gather1, gather2, scattered, padded_hidden(),
                       shared * (in_floats() + out_floats()), shared * splits * rows_floats(),
                       chunks * partial_floats()}));
     packed1 = shared_scratch.take(gather1);
     packed2 = shared_scratch.take(gather2);
-    packed_in = shared_scratch.take(kPoints<Line> * each);
+    packed_in = shared_scratch.take(scattered);
     packed_bias = shared_scratch.take(padded_hidden());
     all_staged = shared_scratch.take(shared * (in_floats() + out_floats()));
     all_rows = shared_scratch.take(shared * splits * rows_floats());
     partials = shared_scratch.take(chunks * partial_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
+    const Work work{chunks, splits, splits > 1 && net.hidden > blocks.batches * blocks.lanes};
+    const int workers = team(elements(net, flops()), threads);
+    const Items items(work.size(), workers);
+    const bool past = workers > 1 && !work.rows_first;  // the weights, that all threads read
 
-#pragma omp parallel num_threads(team(elements(net, flops()), threads))
+#pragma omp parallel num_threads(workers)
     {
       const NoDenormals no_denormals;
       if (splits > 1) {
@@ -1113,11 +1135,11 @@ struct Backward {
           stage_part(grad, out, b, channels, in_floats());
         });
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t begin = 0; begin < padded_hidden(); begin += kLanes)
-        pack(weights1, weights2, begin);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < chunks * splits; ++i) item(i / splits, i % splits);
+        pack(weights1, weights2, begin, past);
+      hand_over();
+      work.each(items, [&](int64_t chunk, int64_t split) { item(chunk, split); });
       if (splits > 1)
         each_part(blocks, net.inputs, [&](int64_t b, Range channels) {
           own_scratch.reserve(Scratch::all({in_floats(), blocks.room()}));
@@ -1125,20 +1147,24 @@ struct Backward {
           finish_in(b, channels, all_rows + b * rows_floats(), planes,
                     own_scratch.take(blocks.room()));
         });
+      const int64_t parts = work.rows_first ? splits : 1, channels = net.inputs + net.outputs;
 #pragma omp for schedule(static) nowait
-      for (int64_t c = 0; c < net.inputs; ++c)
-        finish_weights(partials, weights1, c, results.weight1);
-#pragma omp for schedule(static) nowait
-      for (int64_t c = 0; c < net.outputs; ++c) {
-        finish_weights(partials + first(), weights2, c, results.weight2);
-        results.bias2[c] = sum_of(c);
+      for (int64_t i = 0; i < parts * channels; ++i) {
+        const Range own = part_of(panels, parts, i / channels);
+        const int64_t c = i % channels;
+        if (c < net.inputs)
+          finish_weights(partials, weights1, own, c, results.weight1);
+        else
+          finish_weights(partials + first(), weights2, own, c - net.inputs, results.weight2);
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t h = 0; h < net.hidden; ++h) {
         results.bias1[h] = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           results.bias1[h] += partials[chunk * partial_floats() + first() + second() + h];
       }
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < net.outputs; ++c) results.bias2[c] = sum_of(c);
     }
   }
 };

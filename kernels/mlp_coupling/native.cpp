@@ -459,12 +459,13 @@ struct Backward {
     call.net.take_packed(true);
     partials = shared_scratch.take(all_partials);
     const int64_t last = partial_floats() - kKinds * l.channels;
-#pragma omp parallel num_threads(call.team_of(3))
+    const int workers = call.team_of(3);
+    const Items items(chunks, workers);
+#pragma omp parallel num_threads(workers)
     {
       const NoDenormals no_denormals;
       call.net.pack(true);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) item(chunk);
+      items.each([&](int64_t chunk) { item(chunk); });
       int64_t offset = 0;
       float* const* to = grads;
       for (const Layer* layer : {&call.net.first, &call.net.second, &call.net.third}) {
@@ -515,13 +516,15 @@ HYBRIDFLOW_KERNEL(mlp_coupling)
           : 0.0f;
   shared_scratch.reserve(call.net.packed_floats(false));
   call.net.take_packed(false);
-#pragma omp parallel num_threads(call.team_of(1))
+  const int workers = call.team_of(1);
+  const Items items(call.panels(), workers);
+#pragma omp parallel num_threads(workers)
   {
     const NoDenormals no_denormals;
     call.net.pack(false);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < call.panels(); ++panel)
+    items.each([&](int64_t panel) {
       map_panel(call, panel, moved, x, log_det_in, constant, out, log_det);
+    });
   }
 }
 

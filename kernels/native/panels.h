@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "native/items.h"
 #include "native/lanes.h"
 #include "native/native.h"
 
@@ -25,22 +26,8 @@ struct Parts {
   Parts(int64_t size, int64_t most) : size(size), count((size + most - 1) / most) {}
   int64_t begin(int64_t i) const { return i * size / count; }
   int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t of(int64_t thing) const { return ((thing + 1) * count - 1) / size; }  // the part it is in
 };
-
-struct Range {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
-
-inline Range part_of(int64_t size, int64_t parts, int64_t i) {
-  return {i * size / parts, (i + 1) * size / parts};
-}
-
-inline Range part_of(Range whole, int64_t parts, int64_t i) {
-  const Range part = part_of(whole.size(), parts, i);
-  return {whole.begin + part.begin, whole.begin + part.end};
-}
 
 // What so many parts hold.
 inline Range held_by(Range parts, const Parts& all) {

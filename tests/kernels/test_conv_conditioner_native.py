@@ -124,14 +124,16 @@ def test_output_and_every_gradient_are_those_of_two_convolutions(shape):
     [
         (64, 4, 130, 8, 8, 8, 3),
         (65, 12, 512, 24, 2, 2, 3),
+        (24, 6, 512, 12, 4, 8, 3),
         (20, 5, 130, 8, 6, 8, 3),
+        (24, 6, 512, 12, 7, 5, 3),
     ],
 )
 def test_results_do_not_depend_on_the_run_or_the_number_of_threads(shape):
     operands, grad = _operands(shape)
     before, runs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 2, 3):
+        for threads in (1, 2, 2, 3, 7):
             torch.set_num_threads(threads)
             runs.append(_native(operands, grad))
     finally:
