@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements of x in a chunk, at least, and less than twice as many
+constexpr int64_t kChunk = 16384;  // elements of x in a chunk, or up to twice as many
 constexpr int64_t kMostChunks = 128;
 constexpr int64_t kBand = 32;  // rows after which the other part has its turn, about
 

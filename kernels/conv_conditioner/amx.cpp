@@ -11,6 +11,7 @@
 // depend on the shape alone.
 #include <algorithm>
 
+#include "native/items.h"
 #include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"

@@ -379,9 +379,9 @@ struct Forward {
     packed2 = shared_scratch.take(second);
     partial = shared_scratch.take(halves.floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
-    const Work work{grid.groups, splits, net.hidden * net.taps() > grid.samples * grid.positions()};
     const int workers = team(elements(net, flops()), threads);
-    const Items items(work.size(), workers);
+    const bool more_weights = net.hidden * net.taps() > grid.samples * grid.positions();
+    const Work work(grid.groups, splits, more_weights, workers);
 
 #pragma omp parallel num_threads(workers)
     {
@@ -391,7 +391,7 @@ struct Forward {
         pack_gather(weights1, hidden, t, packed1);
         pack_scatter(weights2, target, hidden, t, packed2);
       }
-      work.each(items, [&](int64_t group, int64_t split) { item(group, split); });
+      work.each([&](int64_t group, int64_t split) { item(group, split); });
       if (!halves.direct) {
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < grid.samples; ++s)
@@ -652,9 +652,9 @@ struct Backward {
     partial_in = shared_scratch.take(halves.floats());
     partials = shared_scratch.take(all_partials);
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
-    const Work work{chunks, splits, net.hidden * net.taps() > grid.samples * grid.positions()};
     const int workers = team(elements(net, flops()), threads);
-    const Items items(work.size(), workers);
+    const bool more_weights = net.hidden * net.taps() > grid.samples * grid.positions();
+    const Work work(chunks, splits, more_weights, workers);
 
 #pragma omp parallel num_threads(workers)
     {
@@ -665,7 +665,7 @@ struct Backward {
         pack_gather(weights2, hidden, t, packed2);
         pack_scatter(weights1, target, hidden, t, packed_in);
       }
-      work.each(items, [&](int64_t chunk, int64_t split) { item(chunk, split); });
+      work.each([&](int64_t chunk, int64_t split) { item(chunk, split); });
       if (!halves.direct) {
 #pragma omp for schedule(static) nowait
         for (int64_t s = 0; s < grid.samples; ++s)

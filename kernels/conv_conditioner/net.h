@@ -100,17 +100,22 @@ int64_t splits_of(const Parts& hidden, int64_t chunks, double flops) {
   return std::max<int64_t>(1, std::min(wanted, static_cast<int64_t>(affordable)));
 }
 
-// The work of all chunks of images on all ranges of hidden rows. A thread keeps to what is larger, images or,
-// `rows_first`, weights.
+// The work of all chunks of images on all ranges of hidden rows. A thread keeps to images or, `rows_first`, where
+// the weights of the hidden rows are the larger and there are ranges of them, to these.
 struct Work {
   int64_t chunks, splits;
   bool rows_first;
+  Items items;
 
-  int64_t size() const { return chunks * splits; }
+  Work(int64_t chunks, int64_t splits, bool more_weights, int workers)
+      : chunks(chunks),
+        splits(splits),
+        rows_first(splits > 1 && more_weights),
+        items(chunks * splits, workers) {}
 
   // f(chunk, split), by the threads of a team.
   template <class F>
-  void each(const Items& items, const F& f) const {
+  void each(const F& f) const {
     items.each([&](int64_t i) {
       if (rows_first)
         f(i % chunks, i / chunks);

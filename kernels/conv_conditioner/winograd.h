@@ -872,9 +872,8 @@ struct Forward {
       for (int64_t j = 0; j < tiles.count; ++j)
         f(Range{tiles.begin(j), tiles.begin(j + 1)}, tiles.length(j));
     };
-    const Work work{blocks.batches, splits, splits > 1 && net.hidden > blocks.batches * blocks.lanes};
     const int workers = team(elements(net, flops()), threads);
-    const Items items(work.size(), workers);
+    const Work work(blocks.batches, splits, net.hidden > blocks.batches * blocks.lanes, workers);
     const bool past = workers > 1 && !work.rows_first;  // the weights, that all threads read
 
 #pragma omp parallel num_threads(workers)
@@ -897,7 +896,7 @@ struct Forward {
                                       packed2 + panel * panel_floats(), past);
       }
       hand_over();
-      work.each(items, [&](int64_t batch, int64_t split) { item(batch, split); });
+      work.each([&](int64_t batch, int64_t split) { item(batch, split); });
       if (splits > 1)
         each_part(blocks, net.outputs, [&](int64_t b, Range channels) {
           own_scratch.reserve(blocks.room());
@@ -1114,9 +1113,8 @@ struct Backward {
     all_rows = shared_scratch.take(shared * splits * rows_floats());
     partials = shared_scratch.take(chunks * partial_floats());
     const Weights weights1 = first_weights(net, weight1), weights2 = second_weights(net, weight2);
-    const Work work{chunks, splits, splits > 1 && net.hidden > blocks.batches * blocks.lanes};
     const int workers = team(elements(net, flops()), threads);
-    const Items items(work.size(), workers);
+    const Work work(chunks, splits, net.hidden > blocks.batches * blocks.lanes, workers);
     const bool past = workers > 1 && !work.rows_first;  // the weights, that all threads read
 
 #pragma omp parallel num_threads(workers)
@@ -1139,7 +1137,7 @@ struct Backward {
       for (int64_t begin = 0; begin < padded_hidden(); begin += kLanes)
         pack(weights1, weights2, begin, past);
       hand_over();
-      work.each(items, [&](int64_t chunk, int64_t split) { item(chunk, split); });
+      work.each([&](int64_t chunk, int64_t split) { item(chunk, split); });
       if (splits > 1)
         each_part(blocks, net.inputs, [&](int64_t b, Range channels) {
           own_scratch.reserve(Scratch::all({in_floats(), blocks.room()}));

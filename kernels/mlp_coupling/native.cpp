@@ -12,6 +12,7 @@
 
 #include "actnorm_coupling/arithmetic.h"
 #include "native/denormals.h"
+#include "native/items.h"
 #include "native/memory.h"
 #include "native/native.h"
 #include "native/panels.h"
