@@ -60,7 +60,7 @@ EXPERIMENTS: dict[str, list[list[str]]] = {
         for weight in ("0", "0.01", "0.1", "1", "10")
         for seed in SEEDS[:3]
     ],
-    "mnist-small": [["--fused", "--preset", "mnist-small"]],
+    "mnist-small": [["--fused", "--preset", "mnist-small", "--seed", seed] for seed in SEEDS[:3]],
     "fashion-mnist-small": [["--fused", "--preset", "fashion-mnist-small", "--steps", "300"]],
     "cifar10-small": [["--fused", "--preset", "cifar10-small", "--precision", "bf16"]],
     "pinwheel-bridges": [

@@ -105,6 +105,8 @@ class ObjectiveConfig:
     """Flow: the same, also with the class that the discriminator gives."""
     confidence: Fraction = 0.95
     """Consistency asks this probability of a class, and leaves other images out."""
+    curriculum: bool = False
+    """Ask less of the classes that fewer images reach the confidence in, and little of any at first."""
     teacher: Literal["current", "averaged"] = "current"
     """Weights of the discriminator that judge unlabelled images for the flow and for consistency:
     those in training, with their noise, or the averaged ones, without."""
@@ -285,7 +287,7 @@ _MNIST_SMALL = replace(
     steps=6000,
     flow=FlowConfig(couplings=8, hidden=64, last_hidden=256),
     discriminator=replace(_GREY_SMALL.discriminator, widths=(16, 32, 64)),
-    terms=replace(_GREY_SMALL.terms, confidence=0.95),
+    terms=replace(_GREY_SMALL.terms, confidence=0.95, curriculum=True),
     strong=replace(_GREY_SMALL.strong, cutout=0.4),
 )
 _CIFAR10 = Config(

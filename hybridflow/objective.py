@@ -18,6 +18,8 @@ __all__ = [
     "adversarial_d",
     "adversarial_g",
     "boundary_sample",
+    "certain_shares",
+    "class_thresholds",
     "consistency",
     "feature_matching",
     "joint_nll",
@@ -90,18 +92,51 @@ def pseudo_label(logits: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(logits.softmax(1), target.detach())
 
 
-def consistency(logits: Tensor, target: Tensor, confidence: float) -> Tensor:
+def consistency(logits: Tensor, target: Tensor, confidence: float | Tensor) -> Tensor:
     """-log p(y | strong view), y = argmax_k target_k, where target_y is the confidence or more, else 0.
 
     Args:
         logits: of strong views, (B, K).
         target: probabilities of the same images, (B, K).
-        confidence: the least probability of a class to go by.
+        confidence: the least probability of a class to go by; one for all classes, or (K,).
 
     Source: Sohn et al., *FixMatch*, NeurIPS 2020.
     """
+    certain, labels = _certain(target, confidence)
+    return (F.cross_entropy(logits, labels, reduction="none") * certain).mean()
+
+
+def certain_shares(target: Tensor, confidence: float) -> Tensor:
+    """Of probabilities (B, K), the share that give class k, at this confidence or more: (K,)."""
+    certain, labels = _certain(target, confidence)
+    classes = torch.arange(target.shape[1], device=target.device)
+    return ((labels[:, None] == classes) & certain[:, None]).float().mean(0)
+
+
+def class_thresholds(shares: Tensor, confidence: float) -> Tensor:
+    """The confidence to ask of each class, lower where few images reach it: (K,).
+
+        τ_k = τ · M(s_k / max(max_j s_j, 1 - Σ_j s_j)),    M(x) = x / (2 - x)
+
+    where s_k are the shares of images of class k that reach the confidence τ. Images of every class
+    thus have a say before a class that was learnt early has taken those between it and others; while
+    most images do not reach the confidence all of them have.
+
+    Args:
+        shares: s, (K,).
+        confidence: τ.
+
+    Source: Zhang et al., *FlexMatch*, NeurIPS 2021.
+    """
+    relative = shares / torch.maximum(shares.max(), 1 - shares.sum())
+    return confidence * relative / (2 - relative)
+
+
+def _certain(target: Tensor, confidence: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the likeliest class of each row is as likely as that, and which it is: (B,) each."""
     p, labels = target.detach().max(1)
-    return (F.cross_entropy(logits, labels, reduction="none") * (p >= confidence)).mean()
+    least = confidence[labels] if isinstance(confidence, Tensor) else confidence
+    return p >= least, labels
 
 
 def feature_matching(generated: Tensor, real: Tensor) -> Tensor:

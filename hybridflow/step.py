@@ -17,6 +17,8 @@ from hybridflow.objective import (
     adversarial_d,
     adversarial_g,
     boundary_sample,
+    certain_shares,
+    class_thresholds,
     consistency,
     feature_matching,
     joint_nll,
@@ -31,6 +33,7 @@ from hybridflow.precision import arithmetic
 __all__ = ["HybridStep"]
 
 _STRONG = StrongConfig()
+_FORGET = 0.01  # weight of a batch in the running shares of certain images
 
 
 class HybridStep:
@@ -69,6 +72,7 @@ class HybridStep:
         self.device = model.prior.means.device
         self.precision: Precision = precision
         self.total_steps = total_steps
+        self.certain = torch.zeros(len(model.prior.means), device=self.device)
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.optimiser_g = Optimiser(model, optimiser.lr_g, optimiser.beta1_g, optimiser)
         self.optimiser_d = Optimiser(discriminator, optimiser.lr_d, optimiser.beta1_d, optimiser)
@@ -114,13 +118,14 @@ class HybridStep:
             logits, *others = self.discriminator(torch.cat(seen)).split([len(s) for s in seen])
             l_l, l_u = logits.split(sizes)
             judged = self._judged(x_u, l_u)
+            confidence = self._confidence(judged)
             terms_d = {"sup_d": supervised(l_l, y, smoothing=w.smoothing)}
             if w.w_adv_d:
                 terms_d["adv_d"] = adversarial_d(l_u, others[0])
             if w.w_pl_d:
                 terms_d["pl_d"] = pseudo_label(l_u, joint_u.softmax(1))
             if w.w_con_d:
-                terms_d["con_d"] = consistency(others[-1], judged, w.confidence)
+                terms_d["con_d"] = consistency(others[-1], judged, confidence)
             loss_d = self._weighted(terms_d)
         with phase("backward of the discriminator"):
             gradient = self.optimiser_d.gradient(loss_d)
@@ -145,7 +150,7 @@ class HybridStep:
             if w.w_pl_g:
                 terms_g["pl_g"] = pseudo_label(joint_u, judged)
             if w.w_con_g:
-                terms_g["con_g"] = consistency(joint_view, judged, w.confidence)
+                terms_g["con_g"] = consistency(joint_view, judged, confidence)
             loss_g = self._weighted(terms_g)
         with phase("backward of the flow"):
             gradient = self.optimiser_g.gradient(loss_g)
@@ -167,6 +172,14 @@ class HybridStep:
             logits = functional_call(self.discriminator, self.optimiser_d.average, (x,))
             self.discriminator.train()
         return logits.softmax(1)
+
+    def _confidence(self, judged: Tensor) -> float | Tensor:
+        """What consistency asks of these probabilities."""
+        w = self.terms
+        if not w.curriculum:
+            return w.confidence
+        self.certain.lerp_(certain_shares(judged, w.confidence), _FORGET)
+        return class_thresholds(self.certain, w.confidence)
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return torch.stack(
@@ -209,6 +222,7 @@ class HybridStep:
         """The live tensors that a step changes."""
         return {
             "count": self.count,
+            **({"certain": self.certain} if self.terms.curriculum else {}),
             **_prefixed("model", self.model.state_dict()),
             **_prefixed("discriminator", self.discriminator.state_dict()),
             **_prefixed("average_g", self.optimiser_g.average),

@@ -12,6 +12,8 @@ from hybridflow.objective import (
     adversarial_d,
     adversarial_g,
     boundary_sample,
+    certain_shares,
+    class_thresholds,
     consistency,
     feature_matching,
     joint_nll,
@@ -62,6 +64,42 @@ def test_consistency_goes_by_confident_classes_alone_and_by_all_at_zero():
     assert torch.allclose(consistency(LOGITS[:3], target, 0.0), losses.mean())
     assert torch.allclose(consistency(LOGITS[:3], target, 0.9), (losses[0] + losses[2]) / 3)
     assert consistency(LOGITS[:3], target, 0.97) == 0
+
+
+def test_consistency_asks_of_each_class_its_own_confidence():
+    rows = [[0.9, 0.1, 0, 0], [0.4, 0.6, 0, 0], [0.3, 0.7, 0, 0]]
+    target = torch.tensor(rows, dtype=torch.float64)
+    losses = -LOGITS[:3].log_softmax(1)[range(3), [0, 1, 1]]
+    asked = torch.tensor([0.95, 0.65, 0.0, 0.0], dtype=torch.float64)
+    assert torch.allclose(consistency(LOGITS[:3], target, asked), losses[2] / 3)
+    asked = torch.tensor([0.9, 0.6, 1.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(consistency(LOGITS[:3], target, asked), losses.mean())
+
+
+def test_shares_count_the_certain_images_of_each_class():
+    target = torch.tensor([[0.9, 0.1, 0], [0.95, 0, 0.05], [0.3, 0.3, 0.4], [0, 1, 0]])
+    assert certain_shares(target, 0.9).tolist() == [0.5, 0.25, 0]
+    assert certain_shares(target, 0.0).tolist() == [0.5, 0.25, 0.25]
+    assert certain_shares(target, 1.0).tolist() == [0, 0.25, 0]
+
+
+def test_thresholds_are_lower_for_classes_that_fewer_images_are_certain_of():
+    assert class_thresholds(torch.zeros(3), 0.95).tolist() == [0, 0, 0]
+    # The class with the largest share has the whole confidence, one with half of it a third.
+    asked = class_thresholds(torch.tensor([0.4, 0.2, 0.3, 0.1]), 0.9)
+    assert torch.allclose(asked, 0.9 * torch.tensor([1, 1 / 3, 0.6, 1 / 7]))
+    # While more images are certain of no class, that share is what the others are compared with.
+    asked = class_thresholds(torch.tensor([0.3, 0.1]), 0.9)
+    assert torch.allclose(asked, 0.9 * torch.tensor([1 / 3, 1 / 11]))
+
+
+@pytest.mark.parametrize("total", [0.2, 0.9, 1.0, 1 + 1e-6])
+def test_thresholds_lie_between_zero_and_the_confidence(total):
+    shares = torch.rand(100, 7, generator=torch.Generator().manual_seed(0))
+    for s in total * shares / shares.sum(1, keepdim=True):
+        asked = class_thresholds(s, 0.8)
+        assert (asked >= 0).all() and (asked <= 0.8).all()
+        assert torch.equal(asked.argsort(), s.argsort())
 
 
 def test_consistency_takes_the_target_as_fixed():

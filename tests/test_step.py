@@ -103,6 +103,26 @@ def test_no_image_is_confident_enough_for_a_probability_of_one():
     assert terms["con_d"] == terms["con_g"] == 0
 
 
+def test_a_curriculum_goes_by_the_running_shares_of_certain_images(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    judged = torch.tensor([[0.95, 0.05, 0]] * 8 + [[0, 0.9, 0.1]] * 4 + [[0.3, 0.4, 0.3]] * 8)
+    step = make_step(**TAUGHT | {"confidence": 0.9, "curriculum": True})
+    monkeypatch.setattr(step, "_judged", lambda x, logits: judged)
+    shares = torch.zeros(3)
+    for _ in range(3):
+        step()
+        shares = 0.99 * shares + 0.01 * torch.tensor([0.4, 0.2, 0])
+        assert torch.allclose(step.certain, shares)
+
+
+def test_with_a_curriculum_no_image_is_left_out_at_first():
+    on = {"w_con_d": 1.0, "w_con_g": 1.0, "confidence": 1.0}
+    assert make_step(**on)()["con_d"] == 0
+    terms, everything = make_step(**on, curriculum=True)(), make_step(**on | {"confidence": 0.0})()
+    assert all(torch.equal(terms[name], everything[name]) for name in ("con_d", "con_g"))
+
+
 def test_the_averaged_teacher_has_no_noise_and_leaves_the_discriminator_in_training():
     step = make_step(**TAUGHT)
     step.discriminator.initialise(torch.rand(50, 64))
@@ -155,14 +175,16 @@ def test_averages_follow_the_warmed_up_decay():
     assert torch.equal(step.averaged_states()[0][name], step.optimiser_g.average[name])
 
 
-def test_a_restored_step_continues_bit_for_bit():
-    step = make_step()
+@pytest.mark.parametrize("curriculum", [False, True])
+def test_a_restored_step_continues_bit_for_bit(curriculum: bool):
+    terms = TAUGHT | {"curriculum": curriculum}
+    step = make_step(**terms)
     for _ in range(3):
         step()
     state, random = step.state_dict(), torch.get_rng_state()
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
     expected = [step() for _ in range(3)]
-    other = make_step(seed=1)
+    other = make_step(seed=1, **terms)
     other.load_state_dict(state)
     torch.set_rng_state(random)
     assert all(same(terms, other()) for terms in expected)
