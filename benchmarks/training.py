@@ -87,6 +87,9 @@ def main() -> None:
     path = args.results / f"{args.name}.json"
     records = json.loads(path.read_text()) if path.exists() else []
     done = [record["arguments"] for record in records]
+    others = [" ".join(arguments) for arguments in done if arguments not in EXPERIMENTS[args.name]]
+    if others:
+        parser.error(f"{path} holds runs that are not of this experiment: {'; '.join(others)}")
     wanted = [arguments for arguments in EXPERIMENTS[args.name] if arguments not in done]
     data = [] if args.data_dir is None else ["--data-dir", str(args.data_dir.resolve())]
     args.results.mkdir(parents=True, exist_ok=True)

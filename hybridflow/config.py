@@ -106,7 +106,8 @@ class ObjectiveConfig:
     confidence: Fraction = 0.95
     """Consistency asks this probability of a class, and leaves other images out."""
     curriculum: bool = False
-    """Ask less of the classes that fewer images reach the confidence in, and little of any at first."""
+    """Ask less of the classes that fewer images reach the confidence in, and little of any at first.
+    For classes of about equal size."""
     teacher: Literal["current", "averaged"] = "current"
     """Weights of the discriminator that judge unlabelled images for the flow and for consistency:
     those in training, with their noise, or the averaged ones, without."""
@@ -330,7 +331,7 @@ PRESETS: dict[str, Config] = {
     "pinwheel": replace(_TWO_DIMENSIONAL, dataset="pinwheel"),
     "two-moons": replace(_TWO_DIMENSIONAL, dataset="two-moons"),
     "mnist": _MNIST,
-    "mnist-best": _MNIST_BEST,
+    "mnist-best": replace(_MNIST_BEST, terms=replace(_MNIST_BEST.terms, curriculum=True)),
     "mnist-small": _MNIST_SMALL,
     "fashion-mnist": replace(_MNIST, dataset="fashion-mnist", labels=1000),
     "fashion-mnist-best": replace(_MNIST_BEST, dataset="fashion-mnist", labels=1000, mirror=True),

@@ -57,7 +57,7 @@ TAUGHT = {"w_con_d": 1.0, "w_con_g": 0.5, "teacher": "averaged", "confidence": 0
 @pytest.mark.parametrize("objective", get_args(Objective))
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_reads_nothing_on_the_host_and_is_the_same_each_time(objective: str, fused: bool):
-    step = make_step(objective, threshold=0.9, **TAUGHT)
+    step = make_step(objective, threshold=0.9, curriculum=True, **TAUGHT)
     if fused:
         fuse(step.model)
     step()

@@ -50,21 +50,38 @@ def test_tables_hold_means_and_deviations(results: Path):
     new = report.render(readme, results)
     assert "| supervised only | 91.0 ± 1.4 | 45.5 ± 0.7 | 2.00 ± 0.00 |" in new
     assert "over 2 seeds; 1.0 minutes a run. Some CPU, 2 threads, torch 2.13.0." in new
-    assert "| digits, 100 | 10 | 1.0 | 50.0 | 25.0 | 2.00 | 1000 |" in new
+    assert "| digits, 100 | 0 | 10 | 1.0 | 50.0 | 25.0 | 2.00 | 1000 |" in new
     assert new.startswith("before\n") and new.endswith("\nafter") and "old" not in new
     assert report.render(new, results) == new
 
 
 def test_a_table_is_made_of_those_of_its_files_that_exist(results: Path):
     (results / "cifar10-small.json").unlink()
-    assert report.render(PLACES, results).count("| digits, 100 | 10 |") == 2
+    assert report.render(PLACES, results).count("| digits, 100 | 0 | 10 |") == 2
 
 
 def test_measured_and_cited_figures_are_told_apart(results: Path):
+    runs = [record("full", 0, 0.5), record("full", 2, 0.6)]
+    runs[0]["results"]["seconds"] = 30.0
+    (results / "mnist-small.json").write_text(json.dumps(runs))
     table = report.render(PLACES, results)
-    measured = "measured: 1 minutes on 2 processors, no GPU; one split, seed 0"
-    assert f"| 50.0 / 25.0 | not yet measured | not yet measured | {measured} |" in table
+    measured = "measured: at most 1 minutes a run on 2 processors, no GPU; splits of seed 0, 2"
+    assert (
+        f"| 55.0 ± 7.1 / 27.5 ± 3.5 | not yet measured | not yet measured | {measured} |" in table
+    )
     assert table.count("| cited; other splits |") == 7
+
+
+def test_results_of_other_runs_are_refused_before_any_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    path = tmp_path / "mnist-small.json"
+    path.write_text(text := json.dumps([record("full", 0, 0.5)]))
+    monkeypatch.setattr("sys.argv", ["training", "mnist-small", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        training.main()
+    assert stopped.value.code == 2 and path.read_text() == text
+    assert "not of this experiment: --objective full --seed 0" in capsys.readouterr().err
 
 
 def test_the_best_recipe_is_shown_by_labels_and_without_each_part():
