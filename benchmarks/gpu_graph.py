@@ -30,8 +30,12 @@ from hybridflow.trainer import Trainer, resume, train
 
 __all__ = ["check_refusal", "check_resumed", "check_step", "compare", "deterministic"]
 
-_CLASSES, _IMAGES, _STEPS = 10, 2000, 100
-_RUN = replace(PRESETS["digits"], steps=60, log_every=10, eval_every=20, save_every=25, fused=True)
+_STEPS = 100
+_BEST = PRESETS["digits-best"]  # with strong views and an averaged teacher
+_TERMS = replace(_BEST.terms, curriculum=True)
+_RUN = replace(
+    _BEST, terms=_TERMS, steps=60, log_every=10, eval_every=20, save_every=25, fused=True
+)
 
 Row = dict[str, Any]
 Step = Callable[[], Mapping[str, Tensor]]

@@ -123,10 +123,10 @@ def published(records: list[dict[str, Any]]) -> str:
         heads = " / ".join(
             _spread([100 * r[f"{head}_accuracy"] for r in runs], 1) for head in MARKS
         )
+        processors = (record["threads"] for record in records)
         told = [
-            f"{record['results']['seconds'] / 60:.0f} minutes on {record['threads']} "
-            f"processor{'s' * (record['threads'] > 1)} (split of seed {record['results']['seed']})"
-            for record in records
+            f"{r['seconds'] / 60:.0f} minutes on {n} processor{'s' * (n > 1)} (split of seed {r['seed']})"
+            for r, n in zip(runs, processors, strict=True)
         ]
         lines.append(
             f"| **`mnist-small`: flow / discriminator** | {heads} | not yet measured | not yet measured "

@@ -92,7 +92,10 @@ def main() -> None:
     done = [record["arguments"] for record in records]
     others = [" ".join(arguments) for arguments in done if arguments not in EXPERIMENTS[args.name]]
     if others:
-        parser.error(f"{path} holds runs that are not of this experiment: {'; '.join(others)}")
+        parser.error(
+            f"{path} holds runs that are not of this experiment: {'; '.join(others)}; "
+            "move it away, or name another folder by --results"
+        )
     wanted = [arguments for arguments in EXPERIMENTS[args.name] if arguments not in done]
     data = [] if args.data_dir is None else ["--data-dir", str(args.data_dir.resolve())]
     args.results.mkdir(parents=True, exist_ok=True)
